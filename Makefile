@@ -1,0 +1,45 @@
+# Every target first makes sure of .venv, so that a fresh clone needs nothing but `make TARGET`.
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check train bench clean distclean
+
+VENV := .venv
+STAMP := $(VENV)/installed
+PYTHON := $(VENV)/bin/python
+
+help: $(STAMP)
+	@echo "make demo       one prefill and one decode instance on the bundled model: eight prompts, then the figures"
+	@echo "make test       the whole test suite"
+	@echo "make check      lint, format, types and import rules"
+	@echo "make bench      prefill and decode apart against both together, on a trace (results/serve.json)"
+	@echo "make train      train the bundled model again (about an hour; goes on where it was stopped)"
+	@echo "make clean      remove caches and build output; 'make distclean' removes $(VENV) too"
+	@echo "then            $(VENV)/bin/flowkv serve"
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@scripts/install
+	@touch $@
+
+demo: $(STAMP)
+	@$(PYTHON) -m benchmarks.demo
+
+test: $(STAMP)
+	@scripts/test
+
+check: $(STAMP)
+	@scripts/check
+
+train: $(STAMP)
+	@$(PYTHON) training/train.py
+
+bench: $(STAMP)
+	@$(PYTHON) -m benchmarks.serve --serve '--prefill 1 --decode 1' --serve '--mixed 1' --rounds 2 \
+		--trace benchmarks/data/mooncake.jsonl --scale-length 0.05 --speedup 2 --num-requests 100
+
+clean:
+	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean
+	@rm -rf $(VENV)

@@ -1,0 +1,150 @@
+"""`make demo`: one prefill and one decode instance on the bundled model, eight prompts at once, and what they cost.
+
+Six prompts are recall conversations: facts, several hundred tokens of Shakespeare, and a question whose answer stands
+only in the KV cache that crossed from one instance to the other. Two are passages to go on with; one of these is shown
+as it comes.
+"""
+
+import argparse
+import asyncio
+import gzip
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from benchmarks import BenchmarkError, scrape
+from benchmarks.client import Client
+from benchmarks.figures import Record, Slo, figures
+from benchmarks.report import ROOT, percentile, print_table
+from benchmarks.spawn import ServerProcess, exit_on_sigterm
+from flowkv.bundled.recall import recall_task
+
+TEXT_FILE = ROOT / "training" / "tinyshakespeare.txt.gz"
+NUM_RECALL = 6
+FILLER_CHARACTERS = 1400  # some 600 tokens of the bundled tokenizer: the prompt takes more than one chunk
+PASSAGE_CHARACTERS = 1400
+ANSWER_TOKENS = 160
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """`expected` is the answer to a recall question; None for a passage, which has no right continuation."""
+
+    path: str
+    body: dict[str, object]
+    shown: str  # the question, or the last line of the passage
+    expected: str | None = None
+
+
+def make_prompts(text: str, seed: int) -> list[Prompt]:
+    """Two passages, the first of which is shown, and then the recall conversations."""
+    rng = random.Random(f"demo/{seed}")
+    return [*(_passage(rng, text, seed) for _ in range(2)), *(_recall(rng, text) for _ in range(NUM_RECALL))]
+
+
+def _recall(rng: random.Random, text: str) -> Prompt:
+    task = recall_task(rng, _whole_lines(rng, text, FILLER_CHARACTERS))
+    question = task.messages[-1]["content"].rpartition("\n")[2]
+    body = {"messages": list(task.messages), "max_tokens": 16, "temperature": 0.0}
+    return Prompt("/v1/chat/completions", body, question, task.answer)
+
+
+def _passage(rng: random.Random, text: str, seed: int) -> Prompt:
+    passage = _whole_lines(rng, text, PASSAGE_CHARACTERS).rpartition("\n\n")[0]
+    speaker = rng.choice(["ROMEO:", "JULIET:", "GLOUCESTER:", "KING RICHARD III:"])
+    prompt = f"{passage}\n\n{speaker}\n"
+    body = {"prompt": prompt, "max_tokens": ANSWER_TOKENS, "temperature": 0.7, "top_p": 0.9, "seed": seed}
+    return Prompt("/v1/completions", body, speaker)
+
+
+def _whole_lines(rng: random.Random, text: str, num_characters: int) -> str:
+    start = text.index("\n", rng.randrange(len(text) - 2 * num_characters)) + 1
+    return text[start : text.index("\n", start + num_characters) + 1]
+
+
+async def ask_all(url: str, prompts: Sequence[Prompt], seconds: float) -> tuple[list[Record], float]:
+    """Every answer, and the seconds until the last had ended. The first is written to the terminal as it comes."""
+    client = Client(url, seconds)
+    encoded = [client.encode(prompt.path, prompt.body) for prompt in prompts]
+    start_s = time.perf_counter()
+    shown, *others = encoded
+    records = await asyncio.gather(client.send(shown, _write), *map(client.send, others))
+    return records, time.perf_counter() - start_s
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def show_recall(console: Console, prompts: Sequence[Prompt], records: Sequence[Record]) -> None:
+    console.rule("recall: facts that stand only in the KV cache that crossed", align="left")
+    for prompt, record in zip(prompts, records, strict=True):
+        if prompt.expected is not None:
+            answer = record.text.strip().replace("\n", " ")
+            verdict = "right" if answer == prompt.expected else f"wrong, it was {prompt.expected}"
+            console.print(f"  {prompt.shown:<18} {answer:<26} {verdict}", highlight=False, markup=False)
+
+
+def figure_rows(records: Sequence[Record], duration_s: float, counted: dict[str, float]) -> list[list[str]]:
+    """The rows of the closing table. Raises BenchmarkError where no KV has crossed."""
+    server = scrape.server_figures(counted)
+    if not server.get("transfers") or "transfer_bytes_per_s" not in server:
+        raise BenchmarkError("no KV was handed from the prefill to the decode instance")
+    summary = figures(records, duration_s, Slo())
+    itl_s = [gap for record in records for gap in record.itl_s]
+    ttft = summary["ttft_s"]
+    return [
+        ["prompt tokens", f"{summary['prompt_tokens']} in {len(records)} prompts", ""],
+        ["output tokens", f"{summary['output_tokens']} in {duration_s:.2f} s", ""],
+        ["TTFT", f"{ttft['p50'] * 1e3:.0f} ms", f"at most {ttft['max'] * 1e3:.0f} ms"],
+        ["ITL", f"{percentile(itl_s, 0.5) * 1e3:.1f} ms", f"p99 {percentile(itl_s, 0.99) * 1e3:.1f} ms"],
+        ["output tokens/s", f"{summary['output_tokens_per_s']:.0f}", "all prompts together"],
+        ["KV moved", f"{server['transfer_bytes'] / 2**20:.2f} MiB", f"{server['transfers']:.0f} requests"],
+        ["in calls", f"{server['transfer_calls']:.0f}", "one for each run of blocks"],
+        ["at", f"{server['transfer_bytes_per_s'] / 1e9:.2f} GB/s", "while moving"],
+        ["hidden under prefill", f"{server['transfer_hidden_fraction']:.0%}", "of the transfer time"],
+    ]
+
+
+def run(console: Console, seed: int, seconds: float) -> None:
+    """Raises BenchmarkError for anything that went wrong, the server's end included."""
+    prompts = make_prompts(gzip.decompress(TEXT_FILE.read_bytes()).decode(), seed)
+    console.print("[bold]FlowKV[/bold]: one prefill instance, one decode instance, the bundled model", highlight=False)
+    start_s = time.monotonic()
+    with ServerProcess(["--prefill", "1", "--decode", "1"], log=None) as url:
+        console.print(f"ready after {time.monotonic() - start_s:.1f} s at {url}", highlight=False)
+        before = scrape.settled_counters(url)
+        console.rule(f"{len(prompts)} prompts at once; one answer as it comes", align="left")
+        console.print(prompts[0].shown, highlight=False, markup=False)
+        records, duration_s = asyncio.run(ask_all(url, prompts, seconds))
+        print(flush=True)
+        if errors := [record.error for record in records if record.error is not None]:
+            raise BenchmarkError(f"{len(errors)} of {len(records)} requests failed: {errors[0]}")
+        show_recall(console, prompts, records)
+        rows = figure_rows(records, duration_s, scrape.difference(before, scrape.settled_counters(url)))
+        console.rule("figures", align="left")
+        print_table(console, ["", "median or total", ""], rows)
+    console.print("stopped; no process is left. Next: .venv/bin/flowkv serve", highlight=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="other texts and other facts")
+    parser.add_argument("--timeout-s", type=float, default=120.0, help="for one answer")
+    args = parser.parse_args()
+    exit_on_sigterm()
+    try:
+        run(Console(), args.seed, args.timeout_s)
+    except BenchmarkError as error:
+        sys.exit(f"demo failed: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

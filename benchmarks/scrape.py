@@ -1,0 +1,72 @@
+"""What the server counted during a run, from `/metrics` before and after."""
+
+import time
+from collections import defaultdict
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks import BenchmarkError
+
+PREFIX = "flowkv_instance_"
+SETTLE_TIMEOUT_S = 5.0
+
+Counters = dict[tuple[str, str], float]  # (instance, counter without prefix and "_total"): value
+
+
+def parse_counters(text: str) -> Counters:
+    """The counters of every instance in a Prometheus text page."""
+    return {
+        (sample.labels["instance"], family.name.removeprefix(PREFIX)): sample.value
+        for family in text_string_to_metric_families(text)
+        if family.type == "counter" and family.name.startswith(PREFIX)
+        for sample in family.samples
+        if sample.name.endswith("_total")
+    }
+
+
+def read_counters(url: str) -> Counters:
+    """Empty for a server that has none of FlowKV's counters. Raises BenchmarkError where there is no `/metrics`."""
+    try:
+        answer = httpx.get(f"{url}/metrics", timeout=10.0)
+        answer.raise_for_status()
+    except httpx.HTTPError as error:
+        raise BenchmarkError(f"{url}/metrics: {error}") from error
+    return parse_counters(answer.text)
+
+
+def settled_counters(url: str) -> Counters:
+    """The counters once an idle server's instances have all reported: when two readings apart agree."""
+    deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
+    counters = read_counters(url)
+    while time.monotonic() < deadline_s:
+        time.sleep(0.25)
+        again = read_counters(url)
+        if again == counters:
+            break
+        counters = again
+    return counters
+
+
+def difference(before: Counters, after: Counters) -> dict[str, float]:
+    """What was counted in between, over all instances; one that has started since counts from zero."""
+    totals: dict[str, float] = defaultdict(float)
+    for (instance, name), value in after.items():
+        totals[name] += value - before.get((instance, name), 0.0)
+    return dict(totals)
+
+
+def add(left: dict[str, float], right: dict[str, float]) -> dict[str, float]:
+    return {name: left.get(name, 0.0) + right.get(name, 0.0) for name in left.keys() | right.keys()}
+
+
+def server_figures(counted: dict[str, float]) -> dict[str, float]:
+    """Transfer rate (bytes/s), share of it hidden under prefill, and what of a step is neither model nor sampling."""
+    figures = dict(sorted(counted.items()))
+    if (seconds := counted.get("transfer_seconds", 0.0)) > 0:
+        figures["transfer_bytes_per_s"] = counted["transfer_bytes"] / seconds
+        figures["transfer_hidden_fraction"] = 1.0 - counted["transfer_exposed_seconds"] / seconds
+    if (seconds := counted.get("step_seconds", 0.0)) > 0:
+        computing = counted["forward_seconds"] + counted["sampling_seconds"]
+        figures["step_overhead_fraction"] = 1.0 - computing / seconds
+    return figures

@@ -1,0 +1,222 @@
+"""The cluster as a state machine: places requests, keeps the picture of every instance, tells everyone who is there."""
+
+from dataclasses import dataclass
+
+from flowkv.cluster.load import InstanceView
+from flowkv.cluster.scheduler import Placement, place
+from flowkv.errors import ProtocolError
+from flowkv.messages import (
+    Abort,
+    Accepted,
+    ClusterStatus,
+    Dispatch,
+    FrontendHello,
+    InstanceExited,
+    LoadReport,
+    Message,
+    PeerDown,
+    PeerUp,
+    Ready,
+    Register,
+    Rejected,
+    StartFailed,
+    Submit,
+)
+from flowkv.types import InstanceLoad, ModelInfo, Request
+
+_STATUS_INTERVAL_S = 0.25
+
+
+@dataclass(slots=True)
+class Assignment:
+    """Where a request that was accepted is. `instances` may each hold some of it; `owner` answers for it."""
+
+    frontend: str
+    request: Request
+    instances: list[str]
+    owner: str
+
+
+class Controller:
+    """Messages in by `handle`, messages out by `take_messages` as (address, message) pairs.
+
+    `num_instances` is how many must register before the cluster is ready.
+    """
+
+    def __init__(self, num_instances: int, launcher_address: str) -> None:
+        self._num_instances = num_instances
+        self._launcher_address = launcher_address
+        self._frontends: dict[str, str] = {}  # name -> address
+        self._views: dict[str, InstanceView] = {}
+        self._dead: set[str] = set()
+        self._assignments: dict[str, Assignment] = {}
+        self._model: ModelInfo | None = None
+        self._was_complete = False
+        self._status_due_s = 0.0
+        self._out: list[tuple[str, Message]] = []
+
+    # --- in and out ------------------------------------------------------------------------------------------------
+
+    def handle(self, message: Message, now_s: float) -> None:
+        match message:
+            case Submit():
+                self._on_submit(message)
+            case Abort():
+                self._on_abort(message)
+            case LoadReport():
+                self._on_load_report(message)
+            case Register():
+                self._on_register(message)
+            case FrontendHello():
+                self._frontends[message.frontend] = message.address
+                self._send(message.address, self._status())
+            case InstanceExited():
+                self._on_exited(message)
+            case _:
+                raise ProtocolError(f"a controller does not take a {type(message).__name__}")
+
+    def tick(self, now_s: float) -> None:
+        """Called often; tells the frontends of the cluster at a beat."""
+        if now_s >= self._status_due_s:
+            self._status_due_s = now_s + _STATUS_INTERVAL_S
+            self._broadcast_status()
+
+    def take_messages(self) -> list[tuple[str, Message]]:
+        messages, self._out = self._out, []
+        return messages
+
+    @property
+    def num_assignments(self) -> int:
+        return len(self._assignments)
+
+    # --- requests --------------------------------------------------------------------------------------------------
+
+    def _on_submit(self, message: Submit) -> None:
+        address = self._frontends.get(message.frontend)
+        if address is None:
+            raise ProtocolError(f"frontend {message.frontend} submits before it has said hello")
+        request = message.request
+        if request.request_id in self._assignments:
+            self._send(address, Accepted(request.request_id))
+            return
+        if not self._views:
+            reason = "no instance is ready" if not self._was_complete else "every instance is down"
+            self._send(address, Rejected(request.request_id, 503, reason, "unavailable"))
+            return
+        placement = place(request, self._views.values())
+        if placement is None:
+            self._send(address, self._too_large(request))
+            return
+        self._send(address, Accepted(request.request_id))
+        self._dispatch(message.frontend, address, request, placement)
+
+    def _dispatch(self, frontend: str, address: str, request: Request, placement: Placement) -> None:
+        prefill = placement.prefill
+        decode_names = [view.name for view in placement.decode]
+        names = [prefill.name, *decode_names]
+        self._assignments[request.request_id] = Assignment(frontend, request, names, prefill.name)
+        if placement.decode:
+            first = placement.decode[0]
+            first.expected[request.request_id] = first.num_blocks_for(len(request.prompt_ids) + 1)
+        dispatch = Dispatch(prefill.dispatched(request), request, 0, address, decode_names)
+        self._send(prefill.peer.address, dispatch)
+
+    def _too_large(self, request: Request) -> Rejected:
+        room = max(view.peer.num_blocks * view.block_size for view in self._views.values())
+        text = (
+            f"prompt ({len(request.prompt_ids)} tokens) and max_tokens ({request.sampling.max_tokens}) together need more "
+            f"than the {room} tokens that the largest KV pool holds"
+        )
+        return Rejected(request.request_id, 400, text, "context_length_exceeded", "max_tokens")
+
+    def _on_abort(self, message: Abort) -> None:
+        assignment = self._assignments.get(message.request_id)
+        for name in assignment.instances if assignment else ():
+            if name in self._views:
+                self._send(self._views[name].peer.address, message)
+
+    # --- instances -------------------------------------------------------------------------------------------------
+
+    def _on_register(self, message: Register) -> None:
+        name = message.peer.instance
+        if (reason := self._mismatch(message)) is not None:
+            self._send(self._launcher_address, StartFailed(name, reason))
+            return
+        self._model = message.model
+        load = InstanceLoad(free_blocks=message.peer.num_blocks)
+        newcomer = InstanceView(message.peer, message.role, message.block_size, load)
+        for view in self._views.values():
+            self._send(view.peer.address, PeerUp(message.peer))
+            self._send(message.peer.address, PeerUp(view.peer))
+        self._views[name] = newcomer
+        self._was_complete = self._was_complete or len(self._views) >= self._num_instances
+        self._send(self._launcher_address, Ready(name))
+        self._broadcast_status()
+
+    def _mismatch(self, message: Register) -> str | None:
+        """Why KV cannot pass between this instance and those that are here."""
+        for view in self._views.values():
+            if view.peer.layout_fingerprint != message.peer.layout_fingerprint:
+                return f"{message.peer.instance} has another KV layout than {view.name}"
+        if self._model is not None and self._model != message.model:
+            return f"{message.peer.instance} serves {message.model}, the others {self._model}"
+        return None
+
+    def _on_load_report(self, message: LoadReport) -> None:
+        if (view := self._views.get(message.instance)) is None:
+            return  # it died; what it held is settled
+        view.apply(message)
+        for request_id, owner in message.handed_over:
+            self._on_handed_over(request_id, owner)
+        for request_id in message.finished:
+            self._settle(request_id)
+
+    def _on_handed_over(self, request_id: str, owner: str) -> None:
+        if (assignment := self._assignments.get(request_id)) is None:
+            return
+        assignment.owner = owner
+        self._forget_expected(request_id)
+        if owner in self._dead:
+            self._fail(request_id, owner)
+
+    def _on_exited(self, message: InstanceExited) -> None:
+        """What it held ends with an error; everyone forgets it."""
+        self._dead.add(message.instance)
+        if self._views.pop(message.instance, None) is None:
+            return
+        for view in self._views.values():
+            self._send(view.peer.address, PeerDown(message.instance))
+        for request_id in [r for r, a in self._assignments.items() if a.owner == message.instance]:
+            self._fail(request_id, message.instance)
+        self._broadcast_status()
+
+    def _fail(self, request_id: str, instance: str) -> None:
+        assignment = self._assignments[request_id]
+        self._on_abort(Abort(request_id))
+        text = f"instance {instance} died while it held this request"
+        self._send(self._frontends[assignment.frontend], Rejected(request_id, 500, text, "instance_died"))
+        self._settle(request_id)
+
+    def _settle(self, request_id: str) -> None:
+        self._assignments.pop(request_id, None)
+        self._forget_expected(request_id)
+
+    def _forget_expected(self, request_id: str) -> None:
+        for view in self._views.values():
+            view.expected.pop(request_id, None)
+
+    # --- status ----------------------------------------------------------------------------------------------------
+
+    def _status(self) -> ClusterStatus:
+        room = max((view.peer.num_blocks * view.block_size for view in self._views.values()), default=0)
+        if self._model is not None:
+            room = min(room, self._model.max_model_tokens)
+        statuses = [view.status() for view in self._views.values()]
+        return ClusterStatus(self._was_complete and bool(self._views), self._model, room, statuses)
+
+    def _broadcast_status(self) -> None:
+        for address in self._frontends.values():
+            self._send(address, self._status())
+
+    def _send(self, address: str, message: Message) -> None:
+        self._out.append((address, message))

@@ -1,0 +1,79 @@
+"""The controller's picture of one instance: what it last reported, and what was sent to it since."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from flowkv.cost import StepCost
+from flowkv.messages import LoadReport, PeerInfo
+from flowkv.types import InstanceCounters, InstanceLoad, InstanceStatus, Request, Role
+
+
+@dataclass(slots=True)
+class InstanceView:
+    """Reports are always a little old. A dispatch counts from the moment it is sent until a report echoes it.
+
+    Requests that are being prefilled elsewhere for this instance count too, or every prefill instance would
+    send its request to the same idle decode instance.
+    """
+
+    peer: PeerInfo
+    role: Role
+    block_size: int
+    load: InstanceLoad
+    counters: InstanceCounters = field(default_factory=InstanceCounters)
+    cost: StepCost = field(default_factory=StepCost)
+    next_sequence: int = 1
+    unseen: deque[tuple[int, int]] = field(default_factory=deque)  # (sequence, prompt tokens) not echoed yet
+    expected: dict[str, int] = field(default_factory=dict)  # blocks of requests on their way here, by request
+
+    @property
+    def name(self) -> str:
+        return self.peer.instance
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens to be computed before a new request's."""
+        return self.load.waiting_tokens + sum(tokens for _, tokens in self.unseen)
+
+    @property
+    def num_choices(self) -> int:
+        """Choices that decode here, or soon will."""
+        return self.load.num_decoding + len(self.expected)
+
+    @property
+    def num_free_blocks(self) -> int:
+        """What is left when everything on its way has arrived; may be negative."""
+        return self.load.free_blocks - sum(self.expected.values())
+
+    def can_hold(self, request: Request) -> bool:
+        return self.num_blocks_for(request.max_total_tokens) <= self.peer.num_blocks
+
+    def predicted_ttft_s(self, request: Request) -> float:
+        """Queue, then the prompt itself, then one step."""
+        return self.cost.prefill_s(self.queued_tokens + len(request.prompt_ids)) + self.cost.decode_step_s
+
+    def dispatched(self, request: Request) -> int:
+        """Count a request that is being sent here to be prefilled; its dispatch sequence number."""
+        sequence, self.next_sequence = self.next_sequence, self.next_sequence + 1
+        self.unseen.append((sequence, len(request.prompt_ids)))
+        return sequence
+
+    def apply(self, report: LoadReport) -> None:
+        self.load, self.counters = report.load, report.counters
+        while self.unseen and self.unseen[0][0] <= report.sequence:
+            self.unseen.popleft()
+        for step in report.steps:
+            self.cost.learn(step.prefill_tokens, step.decode_choices, step.seconds)
+
+    def status(self) -> InstanceStatus:
+        return InstanceStatus(
+            name=self.name,
+            role=self.role,
+            num_blocks=self.peer.num_blocks,
+            block_size=self.block_size,
+            load=self.load,
+            counters=self.counters,
+        )

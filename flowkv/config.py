@@ -1,0 +1,144 @@
+"""What can be set, in one place: `flowkv serve` options, a TOML file, and dotted overrides all end up here."""
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from flowkv.errors import ConfigError
+from flowkv.types import Role
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One instance. All instances of a cluster share it; only their role differs."""
+
+    block_size: int = 16  # tokens
+    kv_memory: str = "auto"  # of one pool: "512MiB", "4GiB", a number of bytes, or "auto"
+    max_batch_tokens: int = 512  # prompt tokens computed in one step, at most
+    max_choices: int = 256  # decoded at once
+    threads: int = 0  # 0: the cores there are, shared out between the instances
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1 or self.block_size & (self.block_size - 1):
+            raise ValueError(f"engine.block_size is a power of two, not {self.block_size}")
+        if self.max_batch_tokens < self.block_size:
+            raise ValueError("engine.max_batch_tokens holds at least one block")
+        if self.max_choices < 1:
+            raise ValueError("engine.max_choices is at least 1")
+        if self.threads < 0:
+            raise ValueError("engine.threads is a number of threads, or 0 for a share of the cores")
+        parse_bytes(self.kv_memory)
+
+    def prefill_budget(self, role: Role, num_decoding: int) -> int:
+        """Prompt tokens of a step: running decodes shrink it, the more the further the role leans to decoding."""
+        if num_decoding == 0 or role is Role.PREFILL:
+            return self.max_batch_tokens
+        share = 2 if role is Role.MIXED else 4
+        return max(self.block_size, self.max_batch_tokens // share)
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_body_bytes: int = 8 * 2**20
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"server.port is 0 (any free one) to 65535, not {self.port}")
+
+
+class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A whole cluster on one node. `model` None is the bundled one; `toy` needs none."""
+
+    model: str | None = None
+    model_name: str | None = None  # what /v1/models calls it; default: the folder's name
+    dtype: str = "auto"
+    device: str = "cpu"
+    toy: bool = False
+    toy_step_s: float = 0.0  # how long a step of a toy instance takes
+    prefill: int = 1
+    decode: int = 1
+    mixed: int = 0
+    engine: EngineConfig = msgspec.field(default_factory=EngineConfig)
+    server: ServerConfig = msgspec.field(default_factory=ServerConfig)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        if not 0 <= self.toy_step_s < 60:
+            raise ValueError(f"toy_step_s is a number of seconds under 60, not {self.toy_step_s}")
+        if min(self.prefill, self.decode, self.mixed) < 0 or not self.roles:
+            raise ValueError("a cluster needs at least one instance: set prefill, decode or mixed")
+
+    @property
+    def roles(self) -> list[Role]:
+        """The role of every instance, in the order in which they are started."""
+        return [Role.PREFILL] * self.prefill + [Role.DECODE] * self.decode + [Role.MIXED] * self.mixed
+
+
+def load_config(path: Path | None, overrides: dict[str, Any], dotted: Sequence[str] = ()) -> ClusterConfig:
+    """Defaults, then a TOML file, then `overrides` (top-level or `section.key`), then `section.key=value` strings.
+
+    ConfigError names the key that is unknown or the value that cannot be.
+    """
+    tree: dict[str, Any] = {} if path is None else _read_toml(path)
+    for key, value in overrides.items():
+        _set(tree, key, value)
+    for assignment in dotted:
+        key, separator, text = assignment.partition("=")
+        if not separator:
+            raise ConfigError(f"--set takes KEY=VALUE, for instance engine.block_size=32, not {assignment!r}")
+        _set(tree, key.strip(), _parse_value(text.strip()))
+    if tree.get("mixed") and "prefill" not in tree and "decode" not in tree:
+        tree |= {"prefill": 0, "decode": 0}
+    try:
+        return msgspec.convert(tree, ClusterConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"configuration: {error}") from None
+
+
+def parse_bytes(text: str) -> int | None:
+    """ "512MiB", "4GiB", "1e9" or "1000000" in bytes; None for "auto". ValueError for anything else."""
+    if text == "auto":
+        return None
+    number, factor = text.strip(), 1
+    for suffix, power in (("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)):
+        if number.endswith(suffix):
+            number, factor = number.removesuffix(suffix), 2**power
+    try:
+        num_bytes = int(float(number) * factor)
+    except (ValueError, OverflowError):
+        num_bytes = 0
+    if num_bytes <= 0:
+        raise ValueError(f'engine.kv_memory is a size such as "512MiB" or "4GiB", or "auto", not {text!r}')
+    return num_bytes
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"there is no configuration file {path}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _parse_value(text: str) -> Any:
+    """As TOML reads it; a bare word is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"configuration: {section!r} is a value, not a section, in {key!r}")
+    tree[last] = value

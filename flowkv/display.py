@@ -1,0 +1,45 @@
+"""What `flowkv serve` shows on the terminal."""
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from flowkv.config import ClusterConfig
+
+
+class TerminalDisplay:
+    """A bar for each process that starts, on a terminal; plain lines elsewhere. Everything goes to stderr."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self._console = Console(stderr=True, highlight=False)
+        self._tasks: dict[str, TaskID] = {}
+        self._bars = Progress(
+            TextColumn("{task.description:>12}"), BarColumn(30), TextColumn("{task.fields[text]}"), console=self._console,
+            disable=not self._console.is_terminal,
+        )  # fmt: skip
+
+    def __enter__(self) -> "TerminalDisplay":
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bars.stop()
+
+    def progress(self, process: str, fraction: float, text: str) -> None:
+        if not self._console.is_terminal:
+            self._console.print(f"flowkv: {process}: {text}")
+            return
+        if process not in self._tasks:
+            self._tasks[process] = self._bars.add_task(process, total=1.0, text=text)
+        self._bars.update(self._tasks[process], completed=fraction, text=text)
+
+    def ready(self, url: str) -> None:
+        self._bars.stop()
+        roles = self._config.roles
+        counts = ", ".join(f"{roles.count(role)} {role}" for role in dict.fromkeys(roles))
+        self._console.print(f"flowkv: serving at {url} ({counts}); Ctrl-C stops it", soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        self._console.print(f"flowkv: {text}", soft_wrap=True)

@@ -1,0 +1,195 @@
+"""The process of one instance: the shell around its `Engine`."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import zmq
+
+from flowkv.config import ClusterConfig, parse_bytes
+from flowkv.engine.batch import Runner
+from flowkv.engine.effects import Connect, Disconnect, Effect, Send, Write
+from flowkv.engine.engine import Engine
+from flowkv.engine.toy import MAX_MODEL_TOKENS, VOCAB_SIZE, ToyRunner, toy_layout
+from flowkv.errors import FlowKVError, PoolError, TransferError
+from flowkv.kv.layout import KvLayout
+from flowkv.kv.pool import KvPool, available_memory_bytes
+from flowkv.messages import PeerInfo, Progress, Register, StartFailed
+from flowkv.transfer.shm import ShmTransfer
+from flowkv.types import ModelInfo, Role
+from flowkv.wire import Mailbox, Outbox, SyncContext
+
+_BEAT_MS = 500  # between looks at the clock while idle
+_AUTO_POOL_CONTEXTS = 16  # an automatic pool holds so many requests of full length ...
+_AUTO_POOL_FRACTION = 0.4  # ... within this share of free memory, for all instances together
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceSpec:
+    """All that a new process needs to become an instance."""
+
+    name: str
+    role: Role
+    config: ClusterConfig
+    model_folder: Path | None  # None: a toy
+    model_name: str
+    threads: int
+    address: str
+    pool_address: str
+    controller_address: str
+    launcher_address: str
+
+
+class _Model(Protocol):
+    """What is served: its facts, and how to make a runner once there is a pool."""
+
+    info: ModelInfo
+    layout: KvLayout
+
+    def runner(self, pool: KvPool) -> Runner: ...
+
+
+class _ToyModel:
+    def __init__(self, spec: InstanceSpec) -> None:
+        self.layout = toy_layout(spec.config.engine.block_size)
+        self.info = ModelInfo(
+            name=spec.model_name, dtype="toy", vocab_size=VOCAB_SIZE, max_model_tokens=MAX_MODEL_TOKENS
+        )  # fmt: skip
+        self._step_s = spec.config.toy_step_s
+
+    def runner(self, pool: KvPool) -> Runner:
+        return ToyRunner(self.layout, pool.buffer, pool.num_blocks, self._step_s)
+
+
+def run_instance(spec: InstanceSpec) -> None:
+    """Load, register, serve until told to stop by SystemExit (the launcher turns SIGTERM into that)."""
+    context = SyncContext()
+    outbox = Outbox(context)
+    try:
+        _serve(spec, context, outbox)
+    except FlowKVError as error:
+        outbox.send(spec.launcher_address, StartFailed(spec.name, str(error)))
+        raise SystemExit(1) from None
+    finally:
+        outbox.close()
+        context.term()
+
+
+def _serve(spec: InstanceSpec, context: SyncContext, outbox: Outbox) -> None:
+    instance = _Instance(spec, context, outbox)
+    try:
+        instance.run()
+    finally:
+        instance.close()
+
+
+class _Instance:
+    def __init__(self, spec: InstanceSpec, context: SyncContext, outbox: Outbox) -> None:
+        self._spec = spec
+        self._outbox = outbox
+        model = self._load()
+        layout = model.layout
+        pool = self._make_pool(layout, model.info)
+        self._runner = model.runner(pool)
+        self._transfer = ShmTransfer(pool, spec.pool_address)
+        self._mailbox = Mailbox(context, spec.address)
+        self._engine = Engine(spec.name, spec.config.engine, pool.num_blocks, spec.role, spec.controller_address)
+        self._poller = zmq.Poller()
+        self._poller.register(self._mailbox.socket, zmq.POLLIN)
+        self._polled: list[int] = []
+        peer = PeerInfo(spec.name, spec.address, spec.pool_address, layout.fingerprint, pool.num_blocks)
+        outbox.send(spec.controller_address, Register(peer, spec.role, model.info, layout.block_size))
+
+    def run(self) -> None:
+        """Messages, completions, a step; and again. Waits only when there is nothing to compute."""
+        step_began_s = time.monotonic()
+        while True:
+            self._take_messages()
+            now_s = time.monotonic()
+            batch = self._engine.next_batch(now_s)
+            self._carry_out()
+            if batch is None:
+                self._wait()
+                step_began_s = time.monotonic()
+                continue
+            result = self._runner.run(batch)
+            now_s = time.monotonic()
+            self._engine.on_result(result, now_s - step_began_s, now_s)
+            self._carry_out()
+            step_began_s = now_s
+
+    def close(self) -> None:
+        self._transfer.close()
+        self._mailbox.close()
+
+    def _take_messages(self) -> None:
+        for message in self._mailbox.receive_all():
+            self._engine.handle(message, time.monotonic())
+        written, arrived = self._transfer.poll()
+        now_s = time.monotonic()
+        for completion in written:
+            self._engine.on_written(completion.ticket, completion.num_bytes, completion.seconds, now_s)
+        for arrival in arrived:
+            self._engine.on_arrived(arrival.immediate, arrival.num_blocks, now_s)
+
+    def _carry_out(self) -> None:
+        for effect in self._engine.take_effects():
+            self._do(effect)
+
+    def _do(self, effect: Effect) -> None:
+        match effect:
+            case Send():
+                self._outbox.send(effect.address, effect.message)
+            case Write():
+                self._transfer.submit(effect.ticket, effect.peer, effect.runs, effect.immediate)
+            case Connect():
+                self._connect(effect.peer)
+            case Disconnect():
+                self._transfer.disconnect(effect.peer)
+
+    def _connect(self, peer: PeerInfo) -> None:
+        try:
+            self._transfer.connect(peer.instance, peer.pool_address)
+        except TransferError as error:
+            _logger.warning("%s: %s", self._spec.name, error)
+            self._engine.on_unreachable(peer.instance)
+
+    def _wait(self) -> None:
+        """Until a message or a completion is there, or for a beat."""
+        if (filenos := self._transfer.filenos()) != self._polled:
+            for fd in self._polled:
+                self._poller.unregister(fd)
+            for fd in filenos:
+                self._poller.register(fd, zmq.POLLIN)
+            self._polled = filenos
+        self._poller.poll(_BEAT_MS)
+        self._engine.tick(time.monotonic())
+
+    def _load(self) -> _Model:
+        spec = self._spec
+        if spec.model_folder is None:
+            return _ToyModel(spec)
+        from flowkv.engine.torch_model import TorchModel  # heavy: only where a real model is served
+
+        return TorchModel(
+            spec.model_folder, spec.model_name, spec.config, spec.threads,
+            lambda fraction, text: self._outbox.send(spec.launcher_address, Progress(spec.name, fraction, text)),
+        )  # fmt: skip
+
+    def _make_pool(self, layout: KvLayout, info: ModelInfo) -> KvPool:
+        config = self._spec.config
+        num_bytes = parse_bytes(config.engine.kv_memory)
+        if num_bytes is None:
+            wanted = _AUTO_POOL_CONTEXTS * layout.num_blocks_for(info.max_model_tokens) * layout.block_bytes
+            share = int(available_memory_bytes() * _AUTO_POOL_FRACTION) // len(config.roles)
+            num_bytes = min(wanted, share)
+        if num_bytes < layout.block_bytes:
+            raise PoolError(f"engine.kv_memory is {num_bytes} bytes, less than one block of {layout.block_bytes} bytes")
+        self._outbox.send(
+            self._spec.launcher_address, Progress(self._spec.name, 0.95, f"{num_bytes / 2**20:.0f} MiB KV pool")
+        )
+        return KvPool.create(num_bytes // layout.block_bytes, layout.block_bytes)

@@ -1,0 +1,32 @@
+"""A real model as an instance process sees it. Imported (and preloaded) only where one is served."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from flowkv.config import ClusterConfig
+from flowkv.engine.runner import TorchRunner
+from flowkv.kv.pool import KvPool
+from flowkv.model.loading import load_model
+from flowkv.types import ModelInfo
+
+
+class TorchModel:
+    """Weights in memory, and the facts that the rest of the cluster needs of them."""
+
+    def __init__(
+        self, folder: Path, name: str, config: ClusterConfig, threads: int, on_progress: Callable[[float, str], None]
+    ) -> None:
+        torch.set_num_threads(threads)
+        self._loaded = load_model(folder, config.dtype, config.device, on_progress)
+        self.layout = self._loaded.layout(config.engine.block_size)
+        self.info = ModelInfo(
+            name=name,
+            dtype=self._loaded.dtype,
+            vocab_size=self._loaded.vocab_size,
+            max_model_tokens=self._loaded.max_model_tokens,
+        )
+
+    def runner(self, pool: KvPool) -> TorchRunner:
+        return TorchRunner(self._loaded, self.layout, pool.buffer, pool.num_blocks)

@@ -1,0 +1,301 @@
+"""The launcher: parent of every process of a cluster on this node.
+
+Processes without torch (frontend, controller, toy instances) are spawned; instances with a model are forked from a server
+that has torch and transformers loaded, so that a second instance costs no second import. Every child dies with its
+parent, the KV pools die with the processes that map them, and the run folder goes with the controller.
+"""
+
+import contextlib
+import ctypes
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Protocol
+
+import zmq
+
+from flowkv import bundled
+from flowkv.cluster.service import run_controller
+from flowkv.config import ClusterConfig
+from flowkv.engine.process import InstanceSpec, run_instance
+from flowkv.errors import ConfigError, FlowKVError, ModelError
+from flowkv.messages import InstanceExited, Progress, Ready, StartFailed
+from flowkv.server.process import FrontendSpec, run_frontend
+from flowkv.wire import Mailbox, Outbox, SyncContext
+
+CONTROLLER, FRONTEND = "controller", "frontend"
+_STOP_TIMEOUT_S = 10.0
+_MAX_FAILED_STARTS = 3  # of one instance in a row, before the launcher gives up on it
+_PR_SET_PDEATHSIG = 1
+
+_logger = logging.getLogger(__name__)
+
+
+class Display(Protocol):
+    """Where the launcher shows what its processes are doing."""
+
+    def progress(self, process: str, fraction: float, text: str) -> None: ...
+
+    def ready(self, url: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(slots=True)
+class _Child:
+    process: BaseProcess
+    spec: InstanceSpec | None = None  # of an instance
+    is_ready: bool = False
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A place in the cluster, filled by one instance after another."""
+
+    spec: InstanceSpec
+    epoch: int = 0
+    num_failed_starts: int = 0
+
+
+class Launcher:
+    """Starts a cluster, watches it, and takes it down. `run` returns when told to stop by SIGINT or SIGTERM."""
+
+    def __init__(self, config: ClusterConfig, display: Display) -> None:
+        self._config = config
+        self._display = display
+        self._model_folder = resolve_model(config)
+        self._model_name = config.model_name or (self._model_folder.name if self._model_folder else "toy")
+        if config.model is None and not config.toy and config.model_name is None:
+            self._model_name = bundled.MODEL_NAME
+        self._children: dict[str, _Child] = {}
+        self._slots: dict[str, _Slot] = {}  # by the name of the instance that fills it
+        self._url = ""
+        self._spawn = multiprocessing.get_context("spawn")
+        self._forkserver = multiprocessing.get_context("forkserver")
+        self._forkserver.set_forkserver_preload(["flowkv.engine.torch_model"])
+
+    def run(self) -> None:
+        """ConfigError, ModelError or PoolError if the cluster cannot start; it is gone by then."""
+        run_folder = Path(tempfile.mkdtemp(prefix="flowkv-"))  # 0700: nobody else can send messages
+        context = SyncContext()
+        try:
+            with _stop_signals():
+                self._open(run_folder, context)
+                self._start_all()
+                self._watch()
+        except _StopRequested:
+            self._display.note("stopping")
+        finally:
+            self._stop_all()
+            self._outbox.close()
+            self._mailbox.close()
+            context.term()
+            shutil.rmtree(run_folder, ignore_errors=True)
+
+    # --- starting --------------------------------------------------------------------------------------------------
+
+    def _open(self, run_folder: Path, context: SyncContext) -> None:
+        self._run_folder = run_folder
+        self._mailbox = Mailbox(context, self._address("launcher"))
+        self._outbox = Outbox(context)
+        self._poller = zmq.Poller()
+        self._poller.register(self._mailbox.socket, zmq.POLLIN)
+
+    def _address(self, process: str) -> str:
+        return f"ipc://{self._run_folder}/{process}"
+
+    def _start_all(self) -> None:
+        """The frontend binds its port first, so that a busy one is known before a model is loaded."""
+        config = self._config
+        addresses = (self._address(CONTROLLER), self._address("launcher"))
+        self._start(CONTROLLER, self._spawn, run_controller, CONTROLLER, *addresses, len(config.roles))
+        frontend = FrontendSpec(
+            name=FRONTEND,
+            host=config.server.host,
+            port=config.server.port,
+            max_body_bytes=config.server.max_body_bytes,
+            address=self._address(FRONTEND),
+            controller_address=addresses[0],
+            launcher_address=addresses[1],
+            model_folder=self._model_folder,
+            model_name=self._model_name,
+        )
+        self._start(FRONTEND, self._spawn, run_frontend, frontend)
+        while not self._children[FRONTEND].is_ready:
+            self._wait()
+        threads = config.engine.threads or max(1, (os.cpu_count() or 1) // len(config.roles))
+        counts: dict[str, int] = {}
+        for role in config.roles:
+            index = counts[role] = counts.get(role, -1) + 1
+            self._fill(_Slot(self._instance_spec(f"{role}-{index}", role, threads)))
+
+    def _instance_spec(self, name: str, role: Any, threads: int) -> InstanceSpec:
+        return InstanceSpec(
+            name=name,
+            role=role,
+            config=self._config,
+            model_folder=self._model_folder,
+            model_name=self._model_name,
+            threads=threads,
+            address=self._address(name),
+            pool_address=f"{self._run_folder}/{name}.pool",
+            controller_address=self._address(CONTROLLER),
+            launcher_address=self._address("launcher"),
+        )
+
+    def _fill(self, slot: _Slot) -> None:
+        """Start the slot's instance, under a name that no earlier one had."""
+        spec = slot.spec
+        if slot.epoch:
+            name = f"{spec.name}~{slot.epoch}"
+            spec = replace(
+                spec, name=name, address=self._address(name), pool_address=f"{self._run_folder}/{name}.pool"
+            )  # fmt: skip
+        self._slots[spec.name] = slot
+        self._display.progress(spec.name, 0.0, "starting")
+        self._start(spec.name, self._spawn if self._config.toy else self._forkserver, run_instance, spec)
+        self._children[spec.name].spec = spec
+
+    def _start(self, name: str, context: Any, target: Callable[..., None], *args: Any) -> None:
+        run_folder = str(self._run_folder) if name == CONTROLLER else None
+        process = context.Process(target=_child_main, args=(run_folder, target, args), name=f"flowkv {name}")
+        process.start()
+        self._children[name] = _Child(process)
+        self._poller.register(process.sentinel, zmq.POLLIN)
+
+    # --- watching --------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        announced = False
+        while True:
+            self._wait()
+            if not announced and all(child.is_ready for child in self._children.values()):
+                announced = True
+                self._display.ready(self._url)
+
+    def _wait(self) -> None:
+        self._poller.poll()
+        for message in self._mailbox.receive_all():
+            self._handle(message)
+        for name, child in list(self._children.items()):
+            if child.process.exitcode is not None:
+                self._on_exit(name, child)
+
+    def _handle(self, message: object) -> None:
+        match message:
+            case Progress():
+                self._display.progress(message.process, message.fraction, message.text)
+            case Ready():
+                self._children[message.process].is_ready = True
+                self._url = message.url or self._url
+                self._display.progress(message.process, 1.0, "ready")
+                if message.process in self._slots:
+                    self._slots[message.process].num_failed_starts = 0
+            case StartFailed():
+                raise ConfigError(f"{message.process}: {message.reason}")
+            case _:
+                _logger.warning("the launcher does not take a %s", type(message).__name__)
+
+    def _on_exit(self, name: str, child: _Child) -> None:
+        """An instance is started again; without its controller or its frontend there is no cluster."""
+        reason = _describe_exit(child.process.exitcode)
+        del self._children[name]
+        self._poller.unregister(child.process.sentinel)
+        if child.spec is None:
+            raise FlowKVError(f"the {name} {reason}")
+        slot = self._slots.pop(name)
+        if not child.is_ready:
+            slot.num_failed_starts += 1
+        if slot.num_failed_starts and slot.epoch == 0:
+            raise FlowKVError(f"{name} {reason} before it was ready")
+        self._outbox.send(self._address(CONTROLLER), InstanceExited(name, reason))
+        if slot.num_failed_starts >= _MAX_FAILED_STARTS:
+            self._display.note(f"{name} {reason}; it failed to start {slot.num_failed_starts} times and stays down")
+            return
+        self._display.note(f"{name} {reason}; starting it again")
+        slot.epoch += 1
+        self._fill(slot)
+
+    # --- stopping --------------------------------------------------------------------------------------------------
+
+    def _stop_all(self) -> None:
+        """Frontend first, so that clients hear of it while the rest still runs; then everyone; then by force."""
+        if (frontend := self._children.get(FRONTEND)) is not None:
+            frontend.process.terminate()
+            frontend.process.join(_STOP_TIMEOUT_S)
+        for child in self._children.values():
+            child.process.terminate()
+        deadline_s = time.monotonic() + _STOP_TIMEOUT_S
+        for child in self._children.values():
+            child.process.join(max(0.0, deadline_s - time.monotonic()))
+            if child.process.exitcode is None:
+                child.process.kill()
+                child.process.join()
+
+
+def resolve_model(config: ClusterConfig) -> Path | None:
+    """The folder to serve; None for a toy. ModelError if there is none."""
+    if config.toy:
+        return None
+    if config.model is None:
+        return bundled.MODEL_FOLDER
+    folder = Path(config.model).expanduser()
+    if not folder.is_dir():
+        raise ModelError(
+            f"there is no model folder {config.model}: give the path of a downloaded Hugging Face model "
+            "(a folder with config.json, tokenizer.json and *.safetensors)"
+        )
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is not a model folder: it has no config.json")
+    return folder.resolve()
+
+
+class _StopRequested(Exception):
+    """SIGINT or SIGTERM."""
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[None]:
+    def stop(signum: int, frame: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # one is enough
+        raise _StopRequested
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    yield
+
+
+def _child_main(run_folder: str | None, target: Callable[..., None], args: tuple[Any, ...]) -> None:
+    """First thing in every child. Ctrl-C reaches the whole process group, so only the launcher heeds it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(0))
+    _die_with_parent(signal.SIGTERM if run_folder else signal.SIGKILL)
+    logging.basicConfig(level=logging.WARNING, format="flowkv: %(message)s", stream=sys.stderr)
+    try:
+        target(*args)
+    finally:
+        if run_folder is not None:  # the launcher may be dead: then nobody else can clear up
+            shutil.rmtree(run_folder, ignore_errors=True)
+
+
+def _die_with_parent(signum: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signum)) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() == 1:
+        sys.exit(1)  # it was dead before we could ask
+
+
+def _describe_exit(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        return f"was killed by {signal.Signals(-exitcode).name}"
+    return f"exited with code {exitcode}"

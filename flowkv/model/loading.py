@@ -1,0 +1,159 @@
+"""A model folder in the Hugging Face format, loaded, checked and ready to be run over a KV pool."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from flowkv.errors import ModelError
+from flowkv.kv.layout import KvLayout
+from flowkv.model import probe, support
+from flowkv.model.attention import ATTENTION_NAME
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHTS_FRACTION = 0.9  # of the progress; the rest is the check
+
+OnProgress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """`num_layers`, `num_kv_heads` and `head_dim` are what the model was seen to keep, not what its config says."""
+
+    model: PreTrainedModel
+    dtype: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_model_tokens: int
+    eos_token_ids: frozenset[int]
+
+    def layout(self, block_size: int) -> KvLayout:
+        return KvLayout(self.num_layers, self.num_kv_heads, self.head_dim, block_size, self.dtype)
+
+
+def load_model(folder: Path, dtype: str, device: str = "cpu", on_progress: OnProgress | None = None) -> LoadedModel:
+    """Load from local files, safetensors only. `dtype` is `auto` (the config's) or a key of `DTYPES`.
+
+    `on_progress(fraction, text)` is called as it goes. ModelError if the folder has no usable model or FlowKV cannot
+    serve its architecture.
+    """
+    report = on_progress or (lambda fraction, text: None)
+    report(0.0, "reading the configuration")
+    config = read_config(folder)
+    model_class = support.model_class(config)
+    max_tokens = support.max_model_tokens(config)
+    dtype_name = resolve_dtype(config, dtype)
+    model = load_weights(folder, model_class, config, dtype_name, report)
+    torch.nn.Module.to(model.train(False), device)
+    report(WEIGHTS_FRACTION, "checking the model")
+    num_layers, geometry = probe.watch(model, max_tokens)
+    probe.compare(model, num_layers, geometry)
+    report(1.0, "model loaded")
+    return LoadedModel(
+        model=model,
+        dtype=dtype_name,
+        num_layers=num_layers,
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim=geometry.head_dim,
+        vocab_size=int(model.config.get_text_config().vocab_size),
+        max_model_tokens=max_tokens,
+        eos_token_ids=eos_token_ids(model),
+    )
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """ModelError, with what to do, if the folder is not a model that can be read."""
+    if not folder.is_dir():
+        raise ModelError(f"There is no model folder {folder}: give the path of a downloaded Hugging Face model.")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json: give the folder that holds a Hugging Face model's files.")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder} has no *.safetensors file: download the model's weights in that format.")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ModelError(f"The config.json in {folder} cannot be used: {first_line(error)}") from error
+    # Another model made from the same object would change this one's attention.
+    copied: PretrainedConfig = copy.deepcopy(config)
+    return copied
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def resolve_dtype(config: PretrainedConfig, dtype: str) -> str:
+    if dtype == "auto":
+        stated = config.dtype or config.get_text_config().dtype
+        dtype = str(stated).removeprefix("torch.") if stated is not None else "float32"
+    if dtype not in DTYPES:
+        raise ModelError(f"The dtype {dtype} is not served: choose one of {', '.join(DTYPES)}.")
+    return dtype
+
+
+def load_weights(
+    folder: Path, model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: str, report: OnProgress
+) -> PreTrainedModel:
+    with weights_progress(report):
+        try:
+            loaded: Any = model_class.from_pretrained(
+                folder,
+                config=config,
+                dtype=DTYPES[dtype],
+                attn_implementation=ATTENTION_NAME,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (ValueError, RuntimeError, OSError, ImportError) as error:
+            raise ModelError(f"The weights in {folder} cannot be loaded: {first_line(error)}") from error
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:
+        raise ModelError(f"The weights in {folder} are incomplete: {len(missing)} are missing, the first {missing[0]}.")
+    return model
+
+
+@contextmanager
+def weights_progress(report: OnProgress) -> Iterator[None]:
+    """Turns the progress bars of transformers into calls of `report` while the weights load."""
+
+    def make_bar(factory: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        if keywords.get("desc") == "Loading weights" and args:
+            return ReportedIteration(args[0], report)
+        return factory(*args, **{**keywords, "disable": True})
+
+    previous = transformers_logging.set_tqdm_hook(make_bar)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
+
+
+class ReportedIteration:
+    """Iterates over a sized collection and reports how much of it is done."""
+
+    def __init__(self, elements: Any, report: OnProgress) -> None:
+        self._elements = elements
+        self._report = report
+
+    def __iter__(self) -> Iterator[Any]:
+        for index, element in enumerate(self._elements):
+            self._report(WEIGHTS_FRACTION * index / len(self._elements), "loading weights")
+            yield element
+
+
+def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    """The ids that end a sequence: those of generation_config.json, else of config.json."""
+    stated = getattr(model.generation_config, "eos_token_id", None)
+    if stated is None:
+        stated = model.config.get_text_config().eos_token_id
+    return frozenset() if stated is None else frozenset([stated] if isinstance(stated, int) else stated)

@@ -1,0 +1,246 @@
+"""Between HTTP and the cluster: submits requests, collects their outputs, ends what nobody reads any more.
+
+No HTTP in here. Everything runs on one event loop, so no state needs a lock.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from flowkv.errors import ProtocolError, RequestError
+from flowkv.messages import (
+    Abort,
+    Accepted,
+    AnyMessage,
+    ClusterStatus,
+    FrontendHello,
+    Outputs,
+    Rejected,
+    Submit,
+)
+from flowkv.metrics import FrontendMetrics
+from flowkv.server.choice import Choice, Delta
+from flowkv.server.parameters import Limits
+from flowkv.server.stop_strings import StopStrings
+from flowkv.server.stream import RequestStream
+from flowkv.server.tokenizer import Tokenizer
+from flowkv.types import FinishReason, InstanceStatus, Output, Request
+from flowkv.wire import AsyncMailbox, Outbox
+
+
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """What the client wants of the text; engines know nothing of it."""
+
+    stop_strings: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+
+
+@dataclass(slots=True)
+class LiveRequest:
+    request: Request
+    stream: RequestStream
+    choices: list[Choice]
+    arrival_s: float
+    attempt: int = 0
+    is_answered: bool = False  # accepted or rejected: not submitted again
+    first_token_s: float | None = None
+    last_token_s: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def is_finished(self) -> bool:
+        return all(choice.finish_reason is not None for choice in self.choices)
+
+
+class Frontend:
+    def __init__(
+        self,
+        name: str,
+        mailbox: AsyncMailbox,
+        outbox: Outbox,
+        controller_address: str,
+        tokenizer: Tokenizer,
+        *,
+        beat_s: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.status: ClusterStatus | None = None
+        self.metrics = FrontendMetrics(self._instances)
+        self.now_s = clock
+        self._name = name
+        self._mailbox = mailbox
+        self._outbox = outbox
+        self._controller_address = controller_address
+        self._beat_s = beat_s
+        self._live: dict[str, LiveRequest] = {}
+        self._is_closed = False
+
+    @property
+    def is_ready(self) -> bool:
+        return self.status is not None and self.status.ready and not self._is_closed
+
+    def limits(self) -> Limits:
+        """Raises `RequestError` (503) while the cluster cannot take requests."""
+        if self._is_closed:
+            raise RequestError("the server is shutting down", status=503, code="shutting_down")
+        if self.status is None or self.status.model is None or not self.status.ready:
+            raise RequestError("the cluster is not ready yet", status=503, code="not_ready")
+        return Limits.of(self.status.model, self.status.max_request_tokens)
+
+    async def run(self) -> None:
+        """Receives until cancelled. Raises `ProtocolError` for a message that is not a frontend's."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._beat())
+            while True:
+                for message in await self._mailbox.receive():
+                    self._receive(message)
+
+    def submit(self, requests: list[Request], options: TextOptions, arrival_s: float) -> RequestStream:
+        """One stream over all choices of all requests: choice c of request i has the number `i * n + c`."""
+        num_choices = sum(request.sampling.n for request in requests)
+        request_ids = [request.request_id for request in requests]
+        stream = RequestStream(num_choices, lambda: self._abort_all(request_ids))
+        number = 0
+        for request in requests:
+            choices = [self._choice(number + c, request, options) for c in range(request.sampling.n)]
+            number += len(choices)
+            self._live[request.request_id] = LiveRequest(request, stream, choices, arrival_s)
+            self.metrics.num_requests.inc()
+            self.metrics.prompt_tokens.inc(len(request.prompt_ids))
+            self._send(Submit(self._name, request))
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request and forget it; unknown ids are ignored."""
+        live = self._live.pop(request_id, None)
+        if live is None:
+            return
+        self._send(Abort(request_id))
+        for choice in live.choices:
+            if choice.finish_reason is None:
+                self.metrics.count_finished(FinishReason.ABORT)
+
+    def close(self) -> None:
+        """No new requests; every open stream ends with finish reason `abort`."""
+        self._is_closed = True
+        for request_id, live in list(self._live.items()):
+            self.abort(request_id)
+            for choice in live.choices:
+                if choice.finish_reason is None:
+                    live.stream.put(choice.end(FinishReason.ABORT, "the server is shutting down"))
+
+    def close_mailbox(self) -> None:
+        """Once `run` has ended; a context with an open socket cannot end."""
+        self._mailbox.close()
+
+    # --- to the controller ---------------------------------------------------------------------------------------
+
+    async def _beat(self) -> None:
+        """Says hello at every beat: a restarted controller learns of this frontend, and the status stays fresh."""
+        while True:
+            self._send(FrontendHello(self._name, self._mailbox.address))
+            await asyncio.sleep(self._beat_s)
+            for live in self._live.values():
+                if not live.is_answered:
+                    self._send(Submit(self._name, live.request))
+
+    def _send(self, message: AnyMessage) -> None:
+        self._outbox.send(self._controller_address, message)
+
+    def _abort_all(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self.abort(request_id)
+
+    # --- from the cluster ----------------------------------------------------------------------------------------
+
+    def _receive(self, message: AnyMessage) -> None:
+        match message:
+            case Outputs(outputs=outputs):
+                self._on_outputs(outputs)
+            case Accepted(request_id=request_id):
+                if (live := self._live.get(request_id)) is not None:
+                    live.is_answered = True
+            case Rejected():
+                self._on_rejected(message)
+            case ClusterStatus():
+                self.status = message
+            case _:
+                raise ProtocolError(f"a frontend does not take {type(message).__name__}")
+
+    def _on_rejected(self, message: Rejected) -> None:
+        live = self._live.pop(message.request_id, None)
+        if live is None:
+            return
+        error = RequestError(message.message, status=message.status, code=message.code, param=message.param)
+        self._fail(live, error)
+
+    def _fail(self, live: LiveRequest, error: RequestError) -> None:
+        """The stream's other requests have no reader any more."""
+        live.stream.fail(error)
+        live.stream.abort()
+
+    def _on_outputs(self, outputs: list[Output]) -> None:
+        now_s = self.now_s()
+        unknown: set[str] = set()
+        for output in outputs:
+            live = self._live.get(output.request_id)
+            if live is not None:
+                self._on_output(live, output, now_s)
+            elif output.finish_reason is None:
+                unknown.add(output.request_id)
+        for request_id in unknown:
+            # An Abort was lost with a controller, or came before the request: whoever runs it has no reader.
+            self._send(Abort(request_id))
+
+    def _on_output(self, live: LiveRequest, output: Output, now_s: float) -> None:
+        if output.attempt < live.attempt or output.choice >= len(live.choices):
+            return
+        if output.attempt > live.attempt:
+            live.attempt = output.attempt
+            for choice in live.choices:
+                choice.restart()
+        choice = live.choices[output.choice]
+        delta = choice.accept(output)
+        if delta is None:
+            return
+        self._measure(live, delta, now_s)
+        live.stream.put(delta)
+        if delta.finish_reason is not None:
+            self._on_finished(live, output, delta, now_s)
+
+    def _on_finished(self, live: LiveRequest, output: Output, delta: Delta, now_s: float) -> None:
+        request_id = live.request.request_id
+        if output.finish_reason is None:  # a stop string: only the frontend knows that this is the end
+            self._send(Abort(request_id, output.choice))
+        if live.is_finished:
+            del self._live[request_id]
+            self.metrics.e2e_s.observe(now_s - live.arrival_s)
+        if delta.finish_reason is FinishReason.ERROR:
+            reason = delta.error or "the instance that held the request failed"
+            self._fail(live, RequestError(reason, status=500, code="instance_failed"))
+
+    def _measure(self, live: LiveRequest, delta: Delta, now_s: float) -> None:
+        if delta.finish_reason is not None:
+            self.metrics.count_finished(delta.finish_reason)
+        if not delta.token_ids:
+            return
+        self.metrics.generation_tokens.inc(len(delta.token_ids))
+        if live.first_token_s is None:
+            live.first_token_s = now_s
+            self.metrics.ttft_s.observe(now_s - live.arrival_s)
+        last_s = live.last_token_s.get(delta.choice)
+        live.last_token_s[delta.choice] = now_s
+        if last_s is not None:
+            for _ in delta.token_ids:
+                self.metrics.itl_s.observe((now_s - last_s) / len(delta.token_ids))
+
+    def _choice(self, number: int, request: Request, options: TextOptions) -> Choice:
+        detokenizer = self.tokenizer.detokenizer(skip_special_tokens=options.skip_special_tokens)
+        stops = StopStrings(options.stop_strings, options.include_stop)
+        return Choice(number, detokenizer, stops, request.sampling.min_tokens)
+
+    def _instances(self) -> list[InstanceStatus]:
+        return [] if self.status is None else self.status.instances

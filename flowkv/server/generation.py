@@ -1,0 +1,103 @@
+"""The HTTP answer to one generation: streamed or whole, and aborted when its client goes away."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from flowkv.errors import RequestError
+from flowkv.server.choice import Delta
+from flowkv.server.response import DONE, Collected, ResponseFormat, Usage, error_event
+from flowkv.server.stream import RequestStream
+from flowkv.types import FinishReason
+
+SSE_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+JSON_HEADERS = [(b"content-type", b"application/json")]
+
+
+class GenerationResponse:
+    """An ASGI application for one request whose body has been read.
+
+    The status line waits for the first token, so that a request that the cluster refuses gets its true status:
+    such a `RequestError` leaves `__call__`; once streaming has begun it becomes an event of the stream.
+    """
+
+    def __init__(
+        self,
+        stream: RequestStream,
+        shape: ResponseFormat,
+        usage: Usage,
+        num_choices: int,
+        *,
+        streamed: bool,
+        with_usage: bool,
+    ) -> None:
+        self._stream = stream
+        self._shape = shape
+        self._usage = usage
+        self._num_choices = num_choices
+        self._streamed = streamed
+        self._with_usage = with_usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watch = asyncio.create_task(self._watch(receive))
+        try:
+            await (self._send_stream(send) if self._streamed else self._send_whole(send))
+        finally:
+            watch.cancel()
+            self._stream.abort()  # nothing to do where it has ended
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._stream.abort()
+
+    async def _send_stream(self, send: Send) -> None:
+        deltas = await anext(self._stream, None)
+        if deltas is None:  # gone before the first token
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
+        async for event in self._events(deltas):
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": self._ending(), "more_body": False})
+
+    async def _events(self, deltas: list[Delta]) -> AsyncIterator[bytes]:
+        yield self._show(deltas)
+        try:
+            async for following in self._stream:
+                yield self._show(following)
+        except RequestError as error:
+            yield error_event(error)
+
+    def _show(self, deltas: list[Delta]) -> bytes:
+        self._count(deltas)
+        return b"".join([self._shape.events(delta) for delta in deltas])
+
+    def _ending(self) -> bytes:
+        return (self._shape.usage_event(self._usage) if self._with_usage else b"") + DONE
+
+    async def _send_whole(self, send: Send) -> None:
+        choices = [Collected() for _ in range(self._num_choices)]
+        async for deltas in self._stream:
+            self._count(deltas)
+            for delta in deltas:
+                choices[delta.choice].add(delta)
+        reasons = {choice.finish_reason for choice in choices}
+        if None in reasons:
+            raise ClientDisconnect
+        if FinishReason.ABORT in reasons:  # the server stops: a part must not be taken for the whole
+            raise RequestError("the request was aborted", status=503, code="aborted")
+        body = self._shape.whole(choices, self._usage)
+        headers = [*JSON_HEADERS, (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    def _count(self, deltas: list[Delta]) -> None:
+        for delta in deltas:
+            self._usage.completion_tokens += len(delta.token_ids)
+        self._usage.total_tokens = self._usage.prompt_tokens + self._usage.completion_tokens

@@ -1,0 +1,98 @@
+"""From a body and a prompt's ids to a `Request` that any instance can run: defaults filled in, limits checked."""
+
+import secrets
+from dataclasses import dataclass
+
+from flowkv.errors import RequestError
+from flowkv.server.protocol import ChatBody, CompletionBody
+from flowkv.types import ModelInfo, Request, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the cluster can take at the moment. Lengths in tokens, prompt and output together."""
+
+    vocab_size: int
+    max_model_tokens: int
+    max_request_tokens: int  # the smaller of the context and the largest pool
+
+    @classmethod
+    def of(cls, model: ModelInfo, max_request_tokens: int) -> "Limits":
+        return cls(model.vocab_size, model.max_model_tokens, min(max_request_tokens, model.max_model_tokens))
+
+    def check_ids(self, name: str, token_ids: list[int]) -> None:
+        bad = next((token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size), None)
+        if bad is not None:
+            reason = f"{name} holds the token id {bad}, outside the vocabulary of {self.vocab_size}"
+            raise RequestError(reason, param=name)
+
+    def check_length(self, name: str, num_prompt: int, max_tokens: int) -> None:
+        if num_prompt + max_tokens <= self.max_request_tokens:
+            return
+        if self.max_request_tokens < self.max_model_tokens:
+            limit = f"the KV pool holds at most {self.max_request_tokens} tokens of one request"
+        else:
+            limit = f"the model's context length is {self.max_model_tokens} tokens"
+        asked = f"{num_prompt + max_tokens} ({num_prompt} in the prompt, {max_tokens} to come)"
+        reason = f"{limit}, but this request asks for {asked}"
+        raise RequestError(reason, param=name, code="context_length_exceeded")
+
+
+def build_request(
+    request_id: str, body: CompletionBody | ChatBody, prompt_ids: list[int], limits: Limits, eos_ids: frozenset[int]
+) -> Request:
+    """Raises `RequestError` (400) naming the limit or the field that is broken."""
+    prompt_name = "messages" if isinstance(body, ChatBody) else "prompt"
+    if not prompt_ids:
+        raise RequestError(f"{prompt_name} gives no token at all", param=prompt_name, code="empty_prompt")
+    limits.check_ids(prompt_name, prompt_ids)
+    limits.check_ids("stop_token_ids", body.stop_token_ids or [])
+    max_tokens = _wanted_tokens(body)
+    limits.check_length(prompt_name, len(prompt_ids), 1 if max_tokens is None else max_tokens)
+    if max_tokens is None:
+        max_tokens = limits.max_request_tokens - len(prompt_ids)
+    if (body.min_tokens or 0) > max_tokens:
+        reason = f"min_tokens of {body.min_tokens} is more than the {max_tokens} tokens that can come"
+        raise RequestError(reason, param="min_tokens")
+    return Request(
+        request_id=request_id, prompt_ids=prompt_ids, sampling=_sampling(body, max_tokens, limits.vocab_size, eos_ids)
+    )
+
+
+def _wanted_tokens(body: CompletionBody | ChatBody) -> int | None:
+    if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
+        return body.max_completion_tokens
+    return body.max_tokens
+
+
+def _sampling(
+    body: CompletionBody | ChatBody, max_tokens: int, vocab_size: int, eos_ids: frozenset[int]
+) -> SamplingParams:
+    stop_ids = frozenset(body.stop_token_ids or ())
+    logprobs = _num_logprobs(body)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens or 0,
+        n=body.num_choices,
+        temperature=_or(body.temperature, 1.0),
+        top_p=_or(body.top_p, 1.0),
+        top_k=min(max(body.top_k or 0, 0), vocab_size),  # -1 means all, as 0 does
+        min_p=_or(body.min_p, 0.0),
+        seed=secrets.randbits(63) if body.seed is None else body.seed % 2**63,
+        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        presence_penalty=_or(body.presence_penalty, 0.0),
+        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        stop_token_ids=stop_ids if body.ignore_eos else stop_ids | eos_ids,
+        logprobs=logprobs,
+        prompt_logprobs=logprobs if isinstance(body, CompletionBody) and body.echo else None,
+    )
+
+
+def _num_logprobs(body: CompletionBody | ChatBody) -> int | None:
+    if isinstance(body, CompletionBody):
+        return body.logprobs
+    return (body.top_logprobs or 0) if body.logprobs else None
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else float(value)

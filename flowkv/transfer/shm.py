@@ -1,0 +1,189 @@
+"""Pools of processes on one node: the writer maps the peer's pool and copies into it.
+
+Each pair of instances has one connection (Unix, SEQPACKET), made by the writer. The pool's descriptor comes over it
+first; then a small packet for every write that has been made. The end of the connection is the end of the peer.
+"""
+
+import os
+import queue
+import socket
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flowkv.errors import TransferError
+from flowkv.kv.pool import KvPool
+from flowkv.transfer.base import Arrived, Written
+from flowkv.transfer.plan import Run
+
+_ARRIVED = struct.Struct("<QI")  # immediate, number of blocks
+_POOL = struct.Struct("<QQ")  # number of blocks, bytes a block
+_CONNECT_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Submission:
+    ticket: int
+    runs: Sequence[Run]
+    immediate: int
+
+
+class _Link:
+    """This process's way into one peer's pool: a thread that copies (without the interpreter lock) while steps run."""
+
+    def __init__(self, source: KvPool, pool_address: str, done: "queue.SimpleQueue[Written]", wake_fd: int) -> None:
+        self._socket, self._pool = _attach(pool_address, source.block_bytes)
+        self._source = np.frombuffer(source.buffer, np.uint8)
+        self._target = np.frombuffer(self._pool.buffer, np.uint8)
+        self._block_bytes = source.block_bytes
+        self._done = done
+        self._wake_fd = wake_fd
+        self._alive = True
+        self._submissions: queue.SimpleQueue[_Submission | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="flowkv-link", daemon=True)
+        self._thread.start()
+
+    def submit(self, submission: _Submission) -> None:
+        self._submissions.put(submission)
+
+    def close(self) -> None:
+        self._alive = False
+        self._socket.shutdown(socket.SHUT_RDWR)  # frees a thread that waits for a stopped peer to read
+        self._submissions.put(None)
+        self._thread.join()
+        self._socket.close()
+        del self._target
+        self._pool.close()
+
+    def _run(self) -> None:
+        while (submission := self._submissions.get()) is not None:
+            started_s = time.perf_counter()
+            num_blocks = self._copy(submission.runs) if self._alive else 0
+            if num_blocks:
+                self._announce(submission.immediate, num_blocks)
+            seconds = time.perf_counter() - started_s
+            self._done.put(Written(submission.ticket, num_blocks * self._block_bytes, seconds))
+            os.eventfd_write(self._wake_fd, 1)
+
+    def _copy(self, runs: Sequence[Run]) -> int:
+        size = self._block_bytes
+        for src, dst, count in runs:
+            np.copyto(self._target[dst * size : (dst + count) * size], self._source[src * size : (src + count) * size])
+        return sum(run.count for run in runs)
+
+    def _announce(self, immediate: int, num_blocks: int) -> None:
+        try:
+            self._socket.sendall(_ARRIVED.pack(immediate, num_blocks))
+        except (BrokenPipeError, ConnectionResetError):
+            self._alive = False  # the peer is dead: whoever watches processes says so to the engine
+
+
+class ShmTransfer:
+    """The shared-memory transport of one instance, listening at `address` (a path) for writers."""
+
+    def __init__(self, pool: KvPool, address: str) -> None:
+        self._pool = pool
+        self._links: dict[str, _Link] = {}
+        self._done: queue.SimpleQueue[Written] = queue.SimpleQueue()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._writers: dict[int, socket.socket] = {}  # connections that arrivals come from, by descriptor
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(address)
+        self._listener.listen(64)
+        self._closed = False
+        self._acceptor = threading.Thread(target=self._accept, name="flowkv-pool", daemon=True)
+        self._acceptor.start()
+
+    def connect(self, peer: str, pool_address: str) -> None:
+        self._links[peer] = _Link(self._pool, pool_address, self._done, self._wake_fd)
+
+    def disconnect(self, peer: str) -> None:
+        if (link := self._links.pop(peer, None)) is not None:
+            link.close()
+
+    def submit(self, ticket: int, peer: str, runs: Sequence[Run], immediate: int) -> None:
+        if (link := self._links.get(peer)) is not None:
+            link.submit(_Submission(ticket, runs, immediate))
+        else:  # disconnected since: whoever watches processes has settled what was under way
+            self._done.put(Written(ticket, 0, 0.0))
+            os.eventfd_write(self._wake_fd, 1)
+
+    def poll(self) -> tuple[list[Written], list[Arrived]]:
+        written: list[Written] = []
+        try:
+            os.eventfd_read(self._wake_fd)
+        except BlockingIOError:
+            pass
+        while not self._done.empty():
+            written.append(self._done.get())
+        arrived: list[Arrived] = []
+        for fd, connection in list(self._writers.items()):
+            if not _receive_into(connection, arrived):
+                del self._writers[fd]
+                connection.close()
+        return written, arrived
+
+    def filenos(self) -> list[int]:
+        return [self._wake_fd, *self._writers]
+
+    def close(self) -> None:
+        self._closed = True
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._acceptor.join()
+        self._listener.close()
+        for peer in list(self._links):
+            self.disconnect(peer)
+        for connection in self._writers.values():
+            connection.close()
+        os.close(self._wake_fd)
+
+    def _accept(self) -> None:
+        """Hand the pool out. A thread of its own, so that two instances can connect to each other at once."""
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                if self._closed:
+                    return
+                raise
+            header = _POOL.pack(self._pool.num_blocks, self._pool.block_bytes)
+            socket.send_fds(connection, [header], [self._pool.fd])
+            connection.setblocking(False)
+            self._writers[connection.fileno()] = connection
+            os.eventfd_write(self._wake_fd, 1)
+
+
+def _attach(pool_address: str, block_bytes: int) -> tuple[socket.socket, KvPool]:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.settimeout(_CONNECT_TIMEOUT_S)
+    try:
+        connection.connect(pool_address)
+        header, fds, _, _ = socket.recv_fds(connection, _POOL.size, 1)
+    except OSError as error:
+        connection.close()
+        raise TransferError(f"the pool at {pool_address} cannot be reached: {error}") from error
+    connection.settimeout(None)
+    if len(header) != _POOL.size or len(fds) != 1:
+        raise TransferError(f"the pool at {pool_address} was not handed out")
+    num_blocks, peer_block_bytes = _POOL.unpack(header)
+    if peer_block_bytes != block_bytes:
+        raise TransferError(f"a block has {peer_block_bytes} bytes at {pool_address}, {block_bytes} here")
+    return connection, KvPool.attach(fds[0], num_blocks, peer_block_bytes)
+
+
+def _receive_into(connection: socket.socket, arrived: list[Arrived]) -> bool:
+    """Read every packet that is there. False once the writer has gone."""
+    while True:
+        try:
+            packet = connection.recv(_ARRIVED.size)
+        except BlockingIOError:
+            return True
+        except ConnectionResetError:
+            return False
+        if len(packet) != _ARRIVED.size:
+            return False
+        arrived.append(Arrived(*_ARRIVED.unpack(packet)))

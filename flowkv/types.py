@@ -1,0 +1,145 @@
+"""Words shared by every part: roles, finish reasons, requests and what comes out of them. No behaviour beyond them."""
+
+from enum import StrEnum
+
+import msgspec
+
+
+class Role(StrEnum):
+    """An instance's preferred phase. It sets the order and the prefill budget of a step, never exclusion."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # an end-of-sequence or stop id (or, set by the frontend, a stop string)
+    LENGTH = "length"  # max_tokens reached
+    ABORT = "abort"  # the client went away or took the request back
+    ERROR = "error"  # the instance that held the request failed
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How tokens are drawn, fully resolved: the frontend has filled in every default, the seed included.
+
+    `stop_token_ids` already holds the model's end-of-sequence ids unless the client asked to ignore them;
+    they are masked until `min_tokens` tokens are out. `top_k` 0 means all. `temperature` 0 means greedy.
+    `logprobs` is the number of alternatives wanted beside the drawn token (0: the drawn token alone,
+    None: nothing); `prompt_logprobs` the same for every prompt token but the first.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop_token_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One prompt and how to continue it. Any instance can run it from this alone."""
+
+    request_id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Most tokens that one choice may come to hold, prompt included."""
+        return len(self.prompt_ids) + self.sampling.max_tokens
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log probability (natural, of the unscaled model distribution) of one token, and its best alternatives."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+class Output(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """New tokens of one choice. Order is `index`, never arrival: P's first token has 0, D's first has 1.
+
+    `attempt` lets the frontend drop what an attempt that was given up still sends. `prompt_logprobs` comes once,
+    with the first output of choice 0; it has one entry for every prompt token but the first.
+    """
+
+    request_id: str
+    choice: int
+    attempt: int
+    index: int
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    error: str | None = None
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What every process must agree on about the model being served."""
+
+    name: str
+    dtype: str
+    vocab_size: int
+    max_model_tokens: int
+
+
+class InstanceLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """An instance's own count of what it holds at one moment."""
+
+    num_waiting: int = 0  # requests whose prefill has not started, preempted ones included
+    num_prefilling: int = 0
+    num_decoding: int = 0  # choices in the decode queue
+    num_sending: int = 0  # prefilled here, blocks held until the decode instance has them
+    num_receiving: int = 0  # reserved here, not yet ready
+    waiting_tokens: int = 0  # prompt tokens still to be computed
+    free_blocks: int = 0
+    used_blocks: int = 0
+    reserved_blocks: int = 0  # of the used: being filled by a peer
+
+
+class InstanceCounters(msgspec.Struct, frozen=True, kw_only=True):
+    """Totals since the instance started."""
+
+    num_steps: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    num_preemptions: int = 0
+    step_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    sampling_seconds: float = 0.0
+    transfer_bytes: int = 0
+    transfer_calls: int = 0
+    transfer_seconds: float = 0.0
+    transfer_exposed_seconds: float = 0.0  # of these, after the last chunk was computed
+    num_transfers: int = 0
+    num_local_fallbacks: int = 0  # no decode instance had room: prefilled and decoded here
+
+
+class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One instance as the controller sees it; what `/metrics` and `/ready` are made of."""
+
+    name: str
+    role: Role
+    num_blocks: int
+    block_size: int
+    load: InstanceLoad
+    counters: InstanceCounters

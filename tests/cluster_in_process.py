@@ -1,0 +1,245 @@
+"""A whole cluster in one process, on a clock of its own: the real engines and controller over toy or real runners.
+
+`run` picks at random what happens next (deliver a message of some channel, start or end a step, complete a write), so
+that a seed is an interleaving. Channels between two parties are in order, as in a real cluster; nothing else is.
+"""
+
+import random
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from flowkv.cluster.controller import Controller
+from flowkv.config import EngineConfig
+from flowkv.engine.batch import Batch, Runner
+from flowkv.engine.effects import Connect, Disconnect, Effect, Send, Write
+from flowkv.engine.engine import Engine
+from flowkv.engine.toy import ToyRunner, toy_layout
+from flowkv.kv.layout import KvLayout
+from flowkv.messages import (
+    Abort,
+    Accepted,
+    FrontendHello,
+    InstanceExited,
+    Message,
+    Outputs,
+    PeerInfo,
+    Register,
+    Rejected,
+    Submit,
+)
+from flowkv.transfer.local import LocalTransfer
+from flowkv.types import FinishReason, ModelInfo, Output, Request, Role, SamplingParams, TokenLogprobs
+
+CONTROLLER, FRONTEND, LAUNCHER = "controller", "frontend", "launcher"
+RunnerFactory = Callable[[KvLayout, memoryview, int], Runner]
+
+
+@dataclass
+class Answer:
+    """All that the frontend has heard of one choice."""
+
+    tokens: dict[int, int] = field(default_factory=dict)  # by output index
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    instances: list[str] = field(default_factory=list)
+
+    @property
+    def ids(self) -> list[int]:
+        assert sorted(self.tokens) == list(range(len(self.tokens))), "a gap in the stream"
+        return [self.tokens[i] for i in sorted(self.tokens)]
+
+    def add(self, instance: str, output: Output) -> None:
+        assert self.finish_reason is None, "tokens after the end"
+        for i, token_id in enumerate(output.token_ids):
+            assert output.index + i not in self.tokens, "a token came twice"
+            self.tokens[output.index + i] = token_id
+            self.instances.append(instance)
+            if output.logprobs is not None:
+                self.logprobs[output.index + i] = output.logprobs[i]
+        self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
+
+
+class Node:
+    """One instance: an engine, its pool and its runner."""
+
+    def __init__(
+        self, name: str, role: Role, config: EngineConfig, num_blocks: int, network: dict[str, LocalTransfer],
+        layout: KvLayout, make_runner: RunnerFactory,
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.role = role
+        buffer = memoryview(bytearray(num_blocks * layout.block_bytes))
+        self.runner = make_runner(layout, buffer, num_blocks)
+        self.transfer = LocalTransfer(network, name, buffer, layout.block_bytes)
+        self.engine = Engine(name, config, num_blocks, role, CONTROLLER)
+        self.peer = PeerInfo(name, name, name, layout.fingerprint, num_blocks)
+        self.batch: Batch | None = None
+        self.writes: deque[Write] = deque()
+
+
+class Cluster:
+    def __init__(
+        self,
+        roles: list[Role],
+        *,
+        num_blocks: int = 64,
+        config: EngineConfig | None = None,
+        seed: int | None = None,
+        layout: KvLayout | None = None,
+        make_runner: RunnerFactory = ToyRunner,
+    ) -> None:
+        self.config = config or EngineConfig(block_size=4, max_batch_tokens=16, max_choices=8)
+        self.random = None if seed is None else random.Random(seed)
+        self.now_s = 0.0
+        self.controller = Controller(len(roles), LAUNCHER)
+        layout = layout or toy_layout(self.config.block_size)
+        network: dict[str, LocalTransfer] = {}
+        self.nodes: dict[str, Node] = {}
+        self.channels: defaultdict[tuple[str, str], deque[Message]] = defaultdict(deque)
+        self.answers: dict[tuple[str, int], Answer] = defaultdict(Answer)
+        self.rejected: dict[str, Rejected] = {}
+        self.accepted: set[str] = set()
+        self.num_sent = 0
+        self._post(FRONTEND, CONTROLLER, FrontendHello(FRONTEND, FRONTEND))
+        for i, role in enumerate(roles):
+            node = Node(f"{role}-{i}", role, self.config, num_blocks, network, layout, make_runner)
+            self.nodes[node.name] = node
+            model = ModelInfo(name="toy", dtype="toy", vocab_size=256, max_model_tokens=4096)
+            self._post(node.name, CONTROLLER, Register(node.peer, role, model, self.config.block_size))
+        self.run()
+
+    # --- from outside ----------------------------------------------------------------------------------------------
+
+    def submit(self, request_id: str, prompt_ids: list[int], **sampling: object) -> None:
+        params = SamplingParams(**({"temperature": 0.0} | sampling))  # type: ignore[arg-type]
+        request = Request(request_id=request_id, prompt_ids=prompt_ids, sampling=params)
+        self._post(FRONTEND, CONTROLLER, Submit(FRONTEND, request))
+
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        self._post(FRONTEND, CONTROLLER, Abort(request_id, choice))
+
+    def kill(self, name: str) -> None:
+        """As a process dies: what it has sent still arrives, what it was sent does not."""
+        del self.nodes[name]
+        for sender, receiver in list(self.channels):
+            if receiver == name:
+                del self.channels[sender, receiver]
+        self._post(LAUNCHER, CONTROLLER, InstanceExited(name, "was killed"))
+
+    def run(self, max_events: int = 100_000) -> None:
+        """Until nothing can happen any more."""
+        for _ in range(max_events):
+            if not self.step():
+                return
+        raise AssertionError("the cluster does not come to rest")
+
+    def step(self) -> bool:
+        """Let one thing happen. False if nothing can."""
+        events = self._possible()
+        if not events:
+            return False
+        self.now_s += 0.001
+        (events[0] if self.random is None else self.random.choice(events))()
+        return True
+
+    def ids(self, request_id: str, choice: int = 0) -> list[int]:
+        answer = self.answers[request_id, choice]
+        assert answer.finish_reason is not None, f"{request_id}/{choice} has not finished"
+        return answer.ids
+
+    def check_at_rest(self) -> None:
+        """Nothing runs, nothing is held, and every block is free."""
+        for node in self.nodes.values():
+            node.engine.check_integrity()
+            assert node.engine.is_idle, f"{node.name} is not idle: {node.engine.load}"
+            assert node.engine.blocks.num_free == node.engine.blocks.num_blocks, f"{node.name} has lost blocks"
+        assert self.controller.num_assignments == 0
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _possible(self) -> list[Callable[[], None]]:
+        events: list[Callable[[], None]] = []
+        events += [lambda c=channel: self._deliver(c) for channel, queue in self.channels.items() if queue]
+        for node in self.nodes.values():
+            if node.writes:
+                events.append(lambda n=node: self._write(n))
+            if node.transfer.has_completions:
+                events.append(lambda n=node: self._complete(n))
+            if node.batch is not None:
+                events.append(lambda n=node: self._end_step(n))
+            elif node.engine.has_work and (self._start_step(node)):
+                events.append(lambda n=node: self._end_step(n))
+        return events
+
+    def _start_step(self, node: Node) -> bool:
+        node.batch = node.engine.next_batch(self.now_s)
+        self._carry_out(node)
+        return node.batch is not None
+
+    def _end_step(self, node: Node) -> None:
+        batch, node.batch = node.batch, None
+        assert batch is not None
+        node.engine.on_result(node.runner.run(batch), 0.001, self.now_s)
+        self._carry_out(node)
+
+    def _deliver(self, channel: tuple[str, str]) -> None:
+        message = self.channels[channel].popleft()
+        receiver = channel[1]
+        if receiver == CONTROLLER:
+            self.controller.handle(message, self.now_s)
+            for address, out in self.controller.take_messages():
+                self._post(CONTROLLER, address, out)
+        elif receiver == FRONTEND:
+            self._hear(message)
+        elif receiver in self.nodes:
+            self.nodes[receiver].engine.handle(message, self.now_s)
+            self._carry_out(self.nodes[receiver])
+
+    def _hear(self, message: Message) -> None:
+        match message:
+            case Accepted():
+                self.accepted.add(message.request_id)
+            case Rejected():
+                self.rejected[message.request_id] = message
+            case Outputs():
+                for output in message.outputs:
+                    self.answers[output.request_id, output.choice].add(message.instance, output)
+                    if output.finish_reason is not None:
+                        self.answers[output.request_id, output.choice].finish_reason = output.finish_reason
+            case _:
+                pass
+
+    def _write(self, node: Node) -> None:
+        write = node.writes.popleft()
+        node.transfer.submit(write.ticket, write.peer, write.runs, write.immediate)
+
+    def _complete(self, node: Node) -> None:
+        written, arrived = node.transfer.poll()
+        for completion in written:
+            node.engine.on_written(completion.ticket, completion.num_bytes, completion.seconds, self.now_s)
+        for arrival in arrived:
+            node.engine.on_arrived(arrival.immediate, arrival.num_blocks, self.now_s)
+        self._carry_out(node)
+
+    def _carry_out(self, node: Node) -> None:
+        for effect in node.engine.take_effects():
+            self._do(node, effect)
+        node.engine.check_integrity()
+
+    def _do(self, node: Node, effect: Effect) -> None:
+        match effect:
+            case Send():
+                self._post(node.name, effect.address, effect.message)
+            case Write():
+                node.writes.append(effect)
+            case Connect():
+                node.transfer.connect(effect.peer.instance, effect.peer.pool_address)
+            case Disconnect():
+                node.transfer.disconnect(effect.peer)
+
+    def _post(self, sender: str, receiver: str, message: Message) -> None:
+        self.num_sent += 1
+        if receiver in self.nodes or receiver in (CONTROLLER, FRONTEND):
+            self.channels[sender, receiver].append(message)

@@ -1,0 +1,24 @@
+"""Settings of every test: no network, one thread a process, no time limits inside Hypothesis."""
+
+import os
+
+# Before torch, numba or a tokenizer is imported: the machine's two cores are shared by the processes under test.
+os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("flowkv", deadline=None, print_blob=True)
+settings.load_profile("flowkv")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none. torch is loaded only if such a test was collected."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

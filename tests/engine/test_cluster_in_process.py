@@ -1,0 +1,200 @@
+"""The engines and the controller together, over ToyRunner: any interleaving gives the same tokens and leaves no block behind."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flowkv.config import EngineConfig
+from flowkv.types import FinishReason, Role
+from tests.cluster_in_process import Cluster
+
+P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
+
+
+def reference(prompt_ids: list[int], choice: int = 0, **sampling: object) -> list[int]:
+    """One request alone on one large mixed instance."""
+    cluster = Cluster([M], num_blocks=512)
+    cluster.submit("r", prompt_ids, **sampling)
+    cluster.run()
+    return cluster.ids("r", choice)
+
+
+def prompt(seed: int, num_tokens: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(256) for _ in range(num_tokens)]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 16, 17, 63, 100])
+def test_prefill_and_decode_on_two_instances_give_the_tokens_of_one(num_tokens: int) -> None:
+    ids = prompt(num_tokens, num_tokens)
+    cluster = Cluster([P, D])
+    cluster.submit("r", ids, max_tokens=9)
+    cluster.run()
+    assert cluster.ids("r") == reference(ids, max_tokens=9)
+    answer = cluster.answers["r", 0]
+    assert answer.instances == ["prefill-0"] + ["decode-1"] * 8
+    assert answer.finish_reason is FinishReason.LENGTH
+    cluster.check_at_rest()
+
+
+def test_a_fresh_pool_needs_one_call_for_each_chunk() -> None:
+    cluster = Cluster([P, D])
+    cluster.submit("r", prompt(0, 64), max_tokens=4)
+    cluster.run()
+    counters = cluster.nodes["prefill-0"].engine.counters
+    assert counters.transfer_calls == 4  # 64 tokens in chunks of 16
+    assert counters.transfer_bytes == 16 * 3 * 2 * 4 * 8
+    assert counters.num_transfers == 1
+
+
+def test_a_request_that_ends_with_its_first_token_is_not_handed_over() -> None:
+    ids = prompt(1, 20)
+    first = reference(ids, max_tokens=1)[0]
+    cluster = Cluster([P, D])
+    cluster.submit("one", ids, max_tokens=1)
+    cluster.submit("stop", ids, max_tokens=9, stop_token_ids=frozenset([first]))
+    cluster.run()
+    assert cluster.answers["one", 0].finish_reason is FinishReason.LENGTH
+    assert cluster.answers["stop", 0].finish_reason is FinishReason.STOP
+    assert cluster.ids("stop") == [first]
+    cluster.check_at_rest()
+
+
+def test_choices_prefill_once_cross_once_and_fork() -> None:
+    ids = prompt(2, 30)
+    sampling = {"max_tokens": 7, "n": 3, "temperature": 1.0, "seed": 5}
+    cluster = Cluster([P, D])
+    cluster.submit("r", ids, **sampling)
+    cluster.run()
+    answers = [cluster.ids("r", choice) for choice in range(3)]
+    assert answers == [reference(ids, choice, **sampling) for choice in range(3)]
+    assert len({tuple(a) for a in answers}) == 3
+    assert cluster.nodes["prefill-0"].engine.counters.prefill_tokens == 30
+    assert cluster.nodes["prefill-0"].engine.counters.num_transfers == 1
+    cluster.check_at_rest()
+
+
+def test_min_tokens_masks_stop_ids() -> None:
+    ids = prompt(3, 10)
+    stop = reference(ids, max_tokens=6)[2]
+    cluster = Cluster([P, D])
+    cluster.submit("r", ids, max_tokens=6, min_tokens=5, stop_token_ids=frozenset([stop]))
+    cluster.run()
+    assert stop not in cluster.ids("r")[:5]
+
+
+def test_prompt_logprobs_alone() -> None:
+    ids = prompt(4, 37)
+    cluster = Cluster([P, D])
+    cluster.submit("r", ids, max_tokens=0, prompt_logprobs=1)
+    cluster.run()
+    answer = cluster.answers["r", 0]
+    assert answer.ids == [] and answer.finish_reason is FinishReason.LENGTH
+    assert answer.prompt_logprobs is not None
+    assert [entry.token_id for entry in answer.prompt_logprobs] == ids[1:]
+    cluster.check_at_rest()
+
+
+def test_without_room_on_the_decode_instance_the_prefill_instance_decodes() -> None:
+    config = EngineConfig(block_size=4, max_batch_tokens=16, max_choices=1)
+    cluster = Cluster([P, D], config=config)
+    prompts = {f"r{i}": prompt(i, 24) for i in range(4)}
+    for request_id, ids in prompts.items():
+        cluster.submit(request_id, ids, max_tokens=6)
+    cluster.run()
+    for request_id, ids in prompts.items():
+        assert cluster.ids(request_id) == reference(ids, max_tokens=6)
+    assert cluster.nodes["prefill-0"].engine.counters.num_local_fallbacks > 0
+    cluster.check_at_rest()
+
+
+def test_a_request_larger_than_every_pool_is_refused_and_names_the_limit() -> None:
+    cluster = Cluster([P, D], num_blocks=8)
+    cluster.submit("r", prompt(0, 30), max_tokens=3)
+    cluster.run()
+    assert cluster.rejected["r"].status == 400
+    assert "32 tokens" in cluster.rejected["r"].message
+    cluster.check_at_rest()
+
+
+def test_preempted_requests_continue_with_the_same_tokens() -> None:
+    cluster = Cluster([M], num_blocks=12)
+    prompts = {f"r{i}": prompt(i, 8 + i) for i in range(4)}
+    for request_id, ids in prompts.items():
+        cluster.submit(request_id, ids, max_tokens=20, temperature=0.7, seed=3)
+    cluster.run()
+    for request_id, ids in prompts.items():
+        assert cluster.ids(request_id) == reference(ids, max_tokens=20, temperature=0.7, seed=3)
+    assert cluster.nodes["mixed-0"].engine.counters.num_preemptions > 0
+    cluster.check_at_rest()
+
+
+def test_decodes_keep_running_under_endless_prefills() -> None:
+    for role in (P, D, M):
+        cluster = Cluster([role], num_blocks=256)
+        cluster.submit("decode", prompt(0, 4), max_tokens=10)
+        for i in range(20):
+            cluster.submit(f"p{i}", prompt(i, 60), max_tokens=1)
+        cluster.run()
+        engine = cluster.nodes[f"{role}-0"].engine
+        assert engine.counters.prefill_tokens == 4 + 20 * 60
+        assert len(cluster.ids("decode")) == 10
+
+
+roles = st.sampled_from([[P, D], [P, P, D], [P, D, D], [M], [M, M], [P, D, M]])
+shapes = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 12), st.integers(1, 3)), min_size=1, max_size=7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(roles, shapes, st.integers(0, 10**6), st.integers(20, 60))
+def test_every_interleaving_gives_the_same_tokens_and_frees_every_block(
+    roles: list[Role], shapes: list[tuple[int, int, int]], seed: int, num_blocks: int
+) -> None:
+    cluster = Cluster(roles, num_blocks=num_blocks, seed=seed)
+    for i, (num_tokens, max_tokens, n) in enumerate(shapes):
+        cluster.submit(f"r{i}", prompt(i, num_tokens), max_tokens=max_tokens, n=n, temperature=0.5, seed=i)
+    cluster.run()
+    for i, (num_tokens, max_tokens, n) in enumerate(shapes):
+        for choice in range(n):
+            if f"r{i}" in cluster.rejected:
+                assert num_tokens + max_tokens > 4 * num_blocks
+                continue
+            expected = reference(prompt(i, num_tokens), choice, max_tokens=max_tokens, n=n, temperature=0.5, seed=i)
+            assert cluster.ids(f"r{i}", choice) == expected
+    cluster.check_at_rest()
+
+
+@settings(max_examples=80, deadline=None)
+@given(roles, shapes, st.integers(0, 10**6), st.integers(20, 60), st.data())
+def test_aborts_at_any_moment_leave_no_block_behind(
+    roles: list[Role], shapes: list[tuple[int, int, int]], seed: int, num_blocks: int, data: st.DataObject
+) -> None:
+    cluster = Cluster(roles, num_blocks=num_blocks, seed=seed)
+    for i, (num_tokens, max_tokens, n) in enumerate(shapes):
+        cluster.submit(f"r{i}", prompt(i, num_tokens), max_tokens=max_tokens, n=n)
+    for i, (_, _, n) in enumerate(shapes):
+        for _ in range(data.draw(st.integers(0, 60))):
+            cluster.step()
+        cluster.abort(f"r{i}", data.draw(st.sampled_from([None, *range(n)])))
+    cluster.run()
+    cluster.check_at_rest()
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.sampled_from([[P, P, D, D], [P, D, M], [M, M]]), shapes, st.integers(0, 10**6), st.data())
+def test_instances_killed_at_any_moment_leave_no_block_behind_on_the_others(
+    roles: list[Role], shapes: list[tuple[int, int, int]], seed: int, data: st.DataObject
+) -> None:
+    cluster = Cluster(roles, num_blocks=40, seed=seed)
+    for i, (num_tokens, max_tokens, n) in enumerate(shapes):
+        cluster.submit(f"r{i}", prompt(i, num_tokens), max_tokens=max_tokens, n=n)
+    for _ in range(data.draw(st.integers(0, 300))):
+        cluster.step()
+    cluster.kill(data.draw(st.sampled_from(sorted(cluster.nodes))))
+    cluster.run()
+    cluster.check_at_rest()
+    for i, (_, _, n) in enumerate(shapes):
+        finished = all(cluster.answers[f"r{i}", c].finish_reason is not None for c in range(n))
+        assert finished or f"r{i}" in cluster.rejected, f"r{i} never got an answer"

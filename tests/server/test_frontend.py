@@ -1,0 +1,194 @@
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+
+import pytest
+import zmq
+
+from flowkv.errors import RequestError
+from flowkv.messages import Abort, FrontendHello, Rejected, Submit
+from flowkv.server.byte_tokenizer import ByteTokenizer
+from flowkv.server.choice import Delta
+from flowkv.server.frontend import Frontend, TextOptions
+from flowkv.server.stream import RequestStream
+from flowkv.types import FinishReason, Output, Request, SamplingParams
+from flowkv.wire import AsyncMailbox, Outbox, SyncContext
+from tests.server.fake_cluster import FakeCluster, outputs, say
+
+Scenario = Callable[[Frontend, FakeCluster], Coroutine[None, None, None]]
+
+
+def run(scenario: Scenario, folder: Path, beat_s: float = 0.02) -> None:
+    context: SyncContext = zmq.Context()
+
+    async def main(cluster: FakeCluster) -> None:
+        mailbox, outbox = AsyncMailbox(context, f"ipc://{folder}/frontend"), Outbox(context)
+        frontend = Frontend("f0", mailbox, outbox, cluster.address, ByteTokenizer(), beat_s=beat_s)
+        receiving = asyncio.create_task(frontend.run())
+        while not frontend.is_ready:
+            await asyncio.sleep(0.001)
+        async with asyncio.timeout(10):
+            await scenario(frontend, cluster)
+        receiving.cancel()
+        await asyncio.gather(receiving, return_exceptions=True)
+        frontend.close_mailbox()
+        outbox.close(linger_s=0)
+
+    with FakeCluster(folder) as cluster:
+        asyncio.run(main(cluster))
+    context.term()
+
+
+def request(request_id: str = "r0", n: int = 1, max_tokens: int = 100) -> Request:
+    return Request(request_id=request_id, prompt_ids=[1, 2, 3], sampling=SamplingParams(max_tokens=max_tokens, n=n))
+
+
+async def collect(stream: RequestStream) -> list[Delta]:
+    return [delta async for deltas in stream for delta in deltas]
+
+
+def texts(deltas: list[Delta]) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for delta in deltas:
+        found[delta.choice] = found.get(delta.choice, "") + delta.text
+    return found
+
+
+async def wait_for(cluster: FakeCluster, condition: Callable[[], bool]) -> None:
+    await asyncio.to_thread(cluster.wait_for, condition)
+
+
+def test_choices_of_all_requests_share_one_stream(tmp_path: Path) -> None:
+    async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
+        stream = frontend.submit([request("r0", n=2), request("r1", n=2)], TextOptions(), frontend.now_s())
+        deltas = await collect(stream)
+        assert texts(deltas) == {0: "hello0", 1: "hello1", 2: "hello0", 3: "hello1"}
+        finished = [delta.choice for delta in deltas if delta.finish_reason is FinishReason.LENGTH]
+        assert sorted(finished) == [0, 1, 2, 3]
+        assert not cluster.aborts
+
+    run(scenario, tmp_path)
+
+
+def test_submit_is_repeated_until_it_is_accepted(tmp_path: Path) -> None:
+    async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
+        cluster.num_lost_submits = 3
+        cluster.answer = lambda request: outputs(request, [1])[:0]
+        frontend.submit([request()], TextOptions(), 0.0)
+        await wait_for(cluster, lambda: len(cluster.requests) == 4)
+        num_hellos = sum(isinstance(message, FrontendHello) for message in cluster.received)
+        await wait_for(cluster, lambda: sum(isinstance(m, FrontendHello) for m in cluster.received) > num_hellos + 3)
+        # The fourth was accepted; one more may have been on its way.
+        assert 4 <= sum(isinstance(message, Submit) for message in cluster.received) <= 5
+
+    run(scenario, tmp_path)
+
+
+def test_outputs_out_of_order_and_of_old_attempts(tmp_path: Path) -> None:
+    async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
+        def answer(request: Request) -> list[Output | Rejected]:
+            old = outputs(request, list(b"xyz"))
+            new = outputs(request, list(b"xylophone"), attempt=1)
+            return [old[0], new[3], old[1], new[0], new[2], old[2], new[1], *new[4:]]
+
+        cluster.answer = answer
+        deltas = await collect(frontend.submit([request()], TextOptions(), 0.0))
+        assert texts(deltas) == {0: "xylophone"}
+
+    run(scenario, tmp_path)
+
+
+def test_a_stop_string_stops_the_choice_on_its_instance(tmp_path: Path) -> None:
+    async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
+        cluster.answer = say("one STOP two")
+        deltas = await collect(frontend.submit([request(n=2)], TextOptions(("STOP",)), 0.0))
+        assert texts(deltas) == {0: "one ", 1: "one "}
+        await wait_for(cluster, lambda: {Abort("r0", 0), Abort("r0", 1)} <= set(cluster.aborts))
+
+    run(scenario, tmp_path)
+
+
+def test_abort_ends_the_stream_and_tells_the_cluster(tmp_path: Path) -> None:
+    async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
+        cluster.answer = lambda request: outputs(request, [65, 66])[:1]
+        stream = frontend.submit([request("r0"), request("r1")], TextOptions(), 0.0)
+        assert (await anext(stream))[0].text == "A"
+        stream.abort()
+        await collect(stream)
+        await wait_for(cluster, lambda: {Abort("r0"), Abort("r1")} <= set(cluster.aborts))
+        stream.abort()
+
+    run(scenario, tmp_path)
+
+
+def test_outputs_that_nobody_reads_are_stopped(tmp_path: Path) -> None:
+    async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
+        stranger = Output("stranger", 0, 0, 0, [1])
+        gone = Output("gone", 0, 0, 0, [], FinishReason.ABORT)
+        cluster.answer = lambda request: [gone, stranger, *outputs(request, [65])]
+        await collect(frontend.submit([request()], TextOptions(), 0.0))
+        await wait_for(cluster, lambda: Abort("stranger") in cluster.aborts)
+        assert Abort("gone") not in cluster.aborts
+
+    run(scenario, tmp_path)
+
+
+def test_a_rejected_request_fails_the_stream_and_takes_back_the_others(tmp_path: Path) -> None:
+    async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
+        def answer(request: Request) -> list[Output | Rejected]:
+            if request.request_id == "r0":
+                return outputs(request, [65, 66])[:1]
+            return [Rejected("r1", 429, "too many", "overloaded", "prompt")]
+
+        cluster.answer = answer
+        stream = frontend.submit([request("r0"), request("r1")], TextOptions(), 0.0)
+        with pytest.raises(RequestError, match="too many") as caught:
+            await collect(stream)
+        assert (caught.value.status, caught.value.code, caught.value.param) == (429, "overloaded", "prompt")
+        await wait_for(cluster, lambda: Abort("r0") in cluster.aborts)
+
+    run(scenario, tmp_path)
+
+
+def test_an_error_of_an_instance_reaches_the_reader(tmp_path: Path) -> None:
+    async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
+        def answer(request: Request) -> list[Output | Rejected]:
+            return [*outputs(request, [65, 66])[:1], Output("r0", 0, 0, 0, [], FinishReason.ERROR, error="d0.1 died")]
+
+        cluster.answer = answer
+        with pytest.raises(RequestError, match=r"d0.1 died") as caught:
+            await collect(frontend.submit([request(n=2)], TextOptions(), 0.0))
+        assert caught.value.status == 500
+        await wait_for(cluster, lambda: Abort("r0") in cluster.aborts)
+
+    run(scenario, tmp_path)
+
+
+def test_close_ends_every_stream_and_takes_no_more(tmp_path: Path) -> None:
+    async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
+        cluster.answer = lambda request: outputs(request, [65, 66])[:1]
+        stream = frontend.submit([request(n=2)], TextOptions(), 0.0)
+        await anext(stream)
+        frontend.close()
+        deltas = await collect(stream)
+        assert [delta.finish_reason for delta in deltas] == [FinishReason.ABORT] * 2
+        await wait_for(cluster, lambda: Abort("r0") in cluster.aborts)
+        assert not frontend.is_ready
+        with pytest.raises(RequestError, match="shutting down"):
+            frontend.limits()
+
+    run(scenario, tmp_path)
+
+
+def test_latencies_are_measured(tmp_path: Path) -> None:
+    async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
+        await collect(frontend.submit([request(n=2)], TextOptions(), frontend.now_s()))
+        text = frontend.metrics.render().decode()
+        assert "flowkv_ttft_seconds_count 1.0" in text
+        assert "flowkv_itl_seconds_count 10.0" in text
+        assert "flowkv_e2e_seconds_count 1.0" in text
+        assert "flowkv_generation_tokens_total 12.0" in text
+        assert 'flowkv_choices_finished_total{finish_reason="length"} 2.0' in text
+        assert 'flowkv_instance_steps_total{instance="p0.1",role="prefill"} 3.0' in text
+
+    run(scenario, tmp_path)

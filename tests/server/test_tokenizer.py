@@ -1,0 +1,110 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from flowkv.errors import ModelError, RequestError
+from flowkv.server.byte_tokenizer import ByteTokenizer
+from flowkv.server.chat_template import ChatTemplate
+from flowkv.server.tokenizer import ModelTokenizer
+from tests.server.bpe import make_model_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("bpe"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> ModelTokenizer:
+    return ModelTokenizer(folder)
+
+
+def test_plain_prompts_get_special_tokens_and_are_not_cut(tokenizer: ModelTokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode("the quick brown fox")) == "<bos>the quick brown fox"
+
+
+def test_chats_are_rendered_once_with_the_template_s_own_special_tokens(tokenizer: ModelTokenizer) -> None:
+    messages = [{"role": "system", "content": " be brief "}, {"role": "user", "content": "hi"}]
+    assert tokenizer.decode(tokenizer.encode_chat(messages)) == "<bos><system>be brief\n<user>hi\n<assistant>"
+
+
+def test_the_template_s_own_complaint_reaches_the_client(tokenizer: ModelTokenizer) -> None:
+    with pytest.raises(RequestError, match="system comes first") as caught:
+        tokenizer.encode_chat([{"role": "user", "content": "hi"}, {"role": "system", "content": "x"}])
+    assert (caught.value.status, caught.value.param) == (400, "messages")
+
+
+def test_eos_ids_come_from_every_file(tokenizer: ModelTokenizer) -> None:
+    assert tokenizer.eos_token_ids == {7, 8, 9, 10, 1}
+
+
+def test_token_text_keeps_spaces(tokenizer: ModelTokenizer) -> None:
+    texts = [tokenizer.token_text(token_id) for token_id in tokenizer.encode("the lazy dog")]
+    assert "".join(texts) == "<bos>the lazy dog"
+
+
+def test_template_file_goes_before_the_configuration(folder: Path, tmp_path: Path) -> None:
+    make_model_folder(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    tokenizer = ModelTokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "hi"}])) == "hi!"
+
+
+@pytest.mark.parametrize("template", [None, [{"name": "rag", "template": "x"}]])
+def test_no_chat_template_is_the_client_s_error(tmp_path: Path, template: object) -> None:
+    make_model_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(RequestError, match="/v1/completions"):
+        ModelTokenizer(tmp_path).encode_chat([{"role": "user", "content": "hi"}])
+
+
+def test_named_templates_use_the_default(tmp_path: Path) -> None:
+    make_model_folder(tmp_path)
+    named = [{"name": "rag", "template": "x"}, {"name": "default", "template": "d"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    tokenizer = ModelTokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "hi"}])) == "d"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("tokenizer.json", None, "no tokenizer.json.*save_pretrained"),
+        ("tokenizer.json", "{}", "cannot be read"),
+        ("tokenizer_config.json", "{", "not valid JSON"),
+        ("config.json", "[]", "JSON object"),
+        ("chat_template.jinja", "{% if %}", "chat template"),
+    ],
+)
+def test_a_broken_folder_is_a_model_error(tmp_path: Path, name: str, text: str | None, complaint: str) -> None:
+    make_model_folder(tmp_path)
+    if text is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ModelError, match=complaint):
+        ModelTokenizer(tmp_path)
+
+
+def test_templates_have_what_transformers_gives_them() -> None:
+    source = (
+        "{%- set found = namespace(n=0) %}{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}"
+        "{% set found.n = found.n + 1 %}{% generation %}{{ m.content | tojson }}{% endgeneration %}{% endfor %}"
+        "{{ found.n }}{{ tools is none }}{{ strftime_now('%Y') | length }}"
+    )
+    messages = [{"role": "user", "content": content} for content in ("<é>", "b", "c")]
+    assert ChatTemplate(source, {}).render(messages) == '"<é>""b"2True4'
+
+
+def test_templates_cannot_leave_the_sandbox() -> None:
+    for source in ("{{ ''.__class__.__mro__ }}", "{% set n = namespace() %}{% set n._x = 1 %}", "{{ messages.clear() }}"):
+        with pytest.raises(RequestError):
+            ChatTemplate(source, {}).render([{"role": "user", "content": "hi"}])
+
+
+def test_bytes_are_tokens() -> None:
+    tokenizer = ByteTokenizer()
+    assert tokenizer.encode("é") == [0xC3, 0xA9]
+    assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "hi"}])) == "user: hi\nassistant: "
+    assert tokenizer.eos_token_ids == frozenset()

@@ -1,0 +1,204 @@
+import asyncio
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flowkv import messages as m
+from flowkv.errors import ConfigError, ProtocolError
+from flowkv.types import (
+    FinishReason,
+    InstanceCounters,
+    InstanceLoad,
+    InstanceStatus,
+    ModelInfo,
+    Output,
+    Request,
+    Role,
+    SamplingParams,
+    TokenLogprobs,
+)
+from flowkv.wire import AsyncMailbox, Mailbox, Outbox, SyncContext, decode, encode
+
+MODEL = ModelInfo(name="toy", dtype="float32", vocab_size=256, max_model_tokens=512)
+REQUEST = Request(
+    request_id="r0", prompt_ids=[1, 2, 3], sampling=SamplingParams(max_tokens=4, stop_token_ids=frozenset({7}), logprobs=2)
+)
+PEER = m.PeerInfo("p0.1", "ipc:///run/p0", "/run/p0.pool", "abcd", 64)
+LOGPROBS = TokenLogprobs(5, -0.25, [(5, -0.25), (6, -2.0)])
+OUTPUT = Output("r0", 1, 0, 3, [5], FinishReason.STOP, 5, [LOGPROBS], [LOGPROBS], "why")
+STATUS = InstanceStatus(
+    name="p0.1",
+    role=Role.PREFILL,
+    num_blocks=64,
+    block_size=16,
+    load=InstanceLoad(num_waiting=1),
+    counters=InstanceCounters(num_steps=2, step_seconds=0.5),
+)
+EXAMPLES: list[m.AnyMessage] = [
+    m.FrontendHello("f0", "ipc:///run/f0"),
+    m.Submit("f0", REQUEST),
+    m.Abort("r0", 2),
+    PEER,
+    m.Register(PEER, Role.DECODE, MODEL, 16),
+    m.StepSample(1, 2, 3, 0.5),
+    m.LoadReport("p0.1", 3, InstanceLoad(), InstanceCounters(), [m.StepSample(1, 2, 3, 0.5)], ["r0"], [("r1", "d0.1")]),
+    m.InstanceExited("p0.1", "killed"),
+    m.Dispatch(1, REQUEST, 0, "ipc:///run/f0", ["d0.1"]),
+    m.PeerUp(PEER),
+    m.PeerDown("p0.1"),
+    m.Reserve("p0.1", 0, REQUEST, 1, "ipc:///run/f0"),
+    m.Reserved("d0.1", "r0", 0, 77, [4, 5]),
+    m.Refused("d0.1", "r0", 0),
+    m.KvReady("p0.1", "r0", 0, 2, {0: [9], 1: []}),
+    m.Release("d0.1", "r0", 0),
+    m.Cancel("d0.1", "r0", 0),
+    m.CancelAck("p0.1", "r0", 0),
+    m.Accepted("r0"),
+    m.Rejected("r0", 400, "too long", "context_length_exceeded", "prompt"),
+    m.Outputs("d0.1", [OUTPUT, Output("r0", 0, 0, 0, [1])]),
+    m.ClusterStatus(True, MODEL, 512, [STATUS]),
+    m.Progress("p0", 0.5, "loading"),
+    m.Ready("p0"),
+    m.StartFailed("p0", "no such folder"),
+]
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+def test_every_message_survives_the_wire(message: m.AnyMessage) -> None:
+    assert decode(encode(message)) == message
+
+
+def test_no_message_type_is_forgotten() -> None:
+    assert {type(message) for message in EXAMPLES} == set(get_args(m.AnyMessage))
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_a_protocol_error(frame: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        decode(frame)
+
+
+@given(st.sampled_from(EXAMPLES), st.data())
+def test_damaged_frames_decode_or_are_a_protocol_error(message: m.AnyMessage, data: st.DataObject) -> None:
+    frame = bytearray(encode(message))
+    frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(frame)))
+    for damaged in (bytes(frame), bytes(frame[:cut])):
+        try:
+            decode(damaged)
+        except ProtocolError as error:
+            assert str(error).startswith("undecodable")
+
+
+def test_deep_nesting_is_a_protocol_error() -> None:
+    # An entry more than the struct has is skipped, however deep it goes.
+    frame = encode(m.Abort("r0")).replace(b"\x93", b"\x94", 1) + b"\x91" * 100_000 + b"\xc0"
+    with pytest.raises(ProtocolError):
+        decode(frame)
+
+
+@pytest.fixture
+def context() -> "zmq.Context[zmq.SyncSocket]":
+    return zmq.Context()
+
+
+def test_mailbox_gets_what_outboxes_send_in_order(context: SyncContext, tmp_path: Path) -> None:
+    mailbox, outbox = Mailbox(context, f"ipc://{tmp_path}/m"), Outbox(context)
+    sent = [m.Abort(f"r{number}") for number in range(2000)]
+    for message in sent:
+        outbox.send(mailbox.address, message)
+    received: list[m.AnyMessage] = []
+    while len(received) < len(sent) and mailbox.socket.poll(5000):
+        received += mailbox.receive_all()
+    assert received == sent
+    assert mailbox.receive_all() == []
+    outbox.close()
+    mailbox.close()
+    context.term()
+
+
+def test_tcp_mailbox_tells_its_port(context: SyncContext) -> None:
+    mailbox, outbox = Mailbox(context, "tcp://127.0.0.1:0"), Outbox(context)
+    assert not mailbox.address.endswith(":0")
+    outbox.send(mailbox.address, m.Ready("x"))
+    assert mailbox.socket.poll(5000)
+    assert mailbox.receive_all() == [m.Ready("x")]
+    outbox.close()
+    mailbox.close()
+    context.term()
+
+
+def test_bad_frame_is_dropped_and_the_rest_arrives(
+    context: SyncContext, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mailbox = Mailbox(context, f"ipc://{tmp_path}/m")
+    socket = context.socket(zmq.PUSH)
+    socket.connect(mailbox.address)
+    for frame in (b"\xc1", encode(m.Ready("x"))):
+        socket.send(frame)
+    received: list[m.AnyMessage] = []
+    while not received and mailbox.socket.poll(5000):
+        received += mailbox.receive_all()
+    assert received == [m.Ready("x")]
+    assert "undecodable" in caplog.text
+    socket.close()
+    mailbox.close()
+    context.term()
+
+
+def test_dropped_peer_keeps_nothing_alive(context: SyncContext, tmp_path: Path) -> None:
+    outbox = Outbox(context)
+    address = f"ipc://{tmp_path}/nobody"
+    outbox.send(address, m.Ready("x"))
+    outbox.drop(address)
+    outbox.drop(address)
+    outbox.send(address, m.Ready("x"))
+    outbox.close(linger_s=0)
+    context.term()
+
+
+def test_last_words_of_a_closing_outbox_arrive(context: SyncContext, tmp_path: Path) -> None:
+    receiving: SyncContext = zmq.Context()
+    mailbox, outbox = Mailbox(receiving, f"ipc://{tmp_path}/m"), Outbox(context)
+    outbox.send(mailbox.address, m.Ready("f0"))
+    outbox.close()
+    context.term()
+    assert mailbox.socket.poll(5000)
+    assert mailbox.receive_all() == [m.Ready("f0")]
+    mailbox.close()
+    receiving.term()
+
+
+def test_address_that_is_too_long_or_taken_is_a_config_error(context: SyncContext, tmp_path: Path) -> None:
+    too_long = f"ipc://{tmp_path}/" + "x" * 108
+    with pytest.raises(ConfigError, match="107"):
+        Mailbox(context, too_long)
+    outbox = Outbox(context)
+    with pytest.raises(ConfigError, match="107"):
+        outbox.send(too_long, m.Ready("x"))
+    with pytest.raises(ConfigError, match="cannot listen"):
+        Mailbox(context, f"ipc://{tmp_path}/no/such/folder")
+    context.term()
+
+
+def test_async_mailbox(context: SyncContext, tmp_path: Path) -> None:
+    async def scenario() -> list[m.AnyMessage]:
+        mailbox, outbox = AsyncMailbox(context, f"ipc://{tmp_path}/m"), Outbox(context)
+        waiting = asyncio.create_task(mailbox.receive())
+        await asyncio.sleep(0)
+        received: list[m.AnyMessage] = []
+        for number in range(100):
+            outbox.send(mailbox.address, m.Abort(f"r{number}"))
+        received += await waiting
+        while len(received) < 100:
+            received += await mailbox.receive()
+        mailbox.close()
+        outbox.close()
+        return received
+
+    assert asyncio.run(scenario()) == [m.Abort(f"r{number}") for number in range(100)]
+    context.term()
