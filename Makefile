@@ -4,7 +4,7 @@
 
 VENV := .venv
 STAMP := $(VENV)/installed
-PYTHON := $(VENV)/bin/python
+RUN := $(VENV)/bin/python
 
 help: $(STAMP)
 	@echo "make demo       one prefill and one decode instance on the bundled model: eight prompts, then the figures"
@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	@$(PYTHON) -m benchmarks.demo
+	@$(RUN) -m benchmarks.demo
 
 test: $(STAMP)
 	@scripts/test
@@ -31,10 +31,10 @@ check: $(STAMP)
 	@scripts/check
 
 train: $(STAMP)
-	@$(PYTHON) training/train.py
+	@$(RUN) training/train.py
 
 bench: $(STAMP)
-	@$(PYTHON) -m benchmarks.serve --serve '--prefill 1 --decode 1' --serve '--mixed 1' --rounds 2 \
+	@$(RUN) -m benchmarks.serve --serve '--prefill 1 --decode 1' --serve '--mixed 1' --rounds 2 \
 		--trace benchmarks/data/mooncake.jsonl --scale-length 0.05 --speedup 2 --num-requests 100
 
 clean:

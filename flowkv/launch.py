@@ -29,7 +29,7 @@ from flowkv.config import ClusterConfig
 from flowkv.engine.process import InstanceSpec, run_instance
 from flowkv.errors import ConfigError, FlowKVError, ModelError
 from flowkv.messages import InstanceExited, Progress, Ready, StartFailed
-from flowkv.server.process import FrontendSpec, run_frontend
+from flowkv.server.process import run_frontend
 from flowkv.wire import Mailbox, Outbox, SyncContext
 
 CONTROLLER, FRONTEND = "controller", "frontend"
@@ -118,18 +118,12 @@ class Launcher:
         config = self._config
         addresses = (self._address(CONTROLLER), self._address("launcher"))
         self._start(CONTROLLER, self._spawn, run_controller, CONTROLLER, *addresses, len(config.roles))
-        frontend = FrontendSpec(
-            name=FRONTEND,
-            host=config.server.host,
-            port=config.server.port,
-            max_body_bytes=config.server.max_body_bytes,
-            address=self._address(FRONTEND),
-            controller_address=addresses[0],
-            launcher_address=addresses[1],
-            model_folder=self._model_folder,
-            model_name=self._model_name,
-        )
-        self._start(FRONTEND, self._spawn, run_frontend, frontend)
+        server = config.server
+        model_folder = None if self._model_folder is None else str(self._model_folder)
+        self._start(
+            FRONTEND, self._spawn, run_frontend, server.host, server.port, self._address(FRONTEND), *addresses, FRONTEND,
+            model_folder, self._model_name, server.max_body_bytes,
+        )  # fmt: skip
         while not self._children[FRONTEND].is_ready:
             self._wait()
         threads = config.engine.threads or max(1, (os.cpu_count() or 1) // len(config.roles))

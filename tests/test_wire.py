@@ -25,7 +25,9 @@ from flowkv.wire import AsyncMailbox, Mailbox, Outbox, SyncContext, decode, enco
 
 MODEL = ModelInfo(name="toy", dtype="float32", vocab_size=256, max_model_tokens=512)
 REQUEST = Request(
-    request_id="r0", prompt_ids=[1, 2, 3], sampling=SamplingParams(max_tokens=4, stop_token_ids=frozenset({7}), logprobs=2)
+    request_id="r0",
+    prompt_ids=[1, 2, 3],
+    sampling=SamplingParams(max_tokens=4, stop_token_ids=frozenset({7}), logprobs=2),
 )
 PEER = m.PeerInfo("p0.1", "ipc:///run/p0", "/run/p0.pool", "abcd", 64)
 LOGPROBS = TokenLogprobs(5, -0.25, [(5, -0.25), (6, -2.0)])

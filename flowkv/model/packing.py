@@ -48,7 +48,7 @@ def pack(
     start = np.asarray(starts, dtype=np.int64)
     count = np.asarray(num_tokens, dtype=np.int64)
     query_starts = np.zeros(len(count) + 1, dtype=np.int32)
-    np.cumsum(count, out=query_starts[1:])
+    query_starts[1:] = count.cumsum()
     tables = pad_tables(block_tables)
     if len(count) == query_starts[-1]:
         owner, positions = np.arange(len(count)), start

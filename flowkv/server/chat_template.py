@@ -20,7 +20,7 @@ from flowkv.errors import ModelError, RequestError
 
 class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """`special_tokens` (`bos_token`, ...) are variables of the template. Raises `ModelError` where it is no template."""
+        """`special_tokens` (`bos_token`, ...) are variables of the template. Raises `ModelError` if it does not parse."""
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:

@@ -13,7 +13,7 @@ import zmq
 from starlette.types import ASGIApp
 
 from flowkv.errors import ConfigError, FlowKVError
-from flowkv.messages import Progress, Ready, StartFailed
+from flowkv.messages import Ready, StartFailed
 from flowkv.server.app import DEFAULT_MAX_BODY_BYTES, create_app
 from flowkv.server.byte_tokenizer import ByteTokenizer
 from flowkv.server.frontend import Frontend
@@ -37,8 +37,7 @@ def run_frontend(
 ) -> int:
     """Serve until SIGTERM; returns the exit status. `model_folder` None is toy serving, where tokens are bytes.
 
-    The launcher gets `StartFailed` with one line, or `Progress` with the URL (a `port` of 0 is any free one)
-    and then `Ready`.
+    The launcher gets `StartFailed` with one line, or `Ready` with the URL (a `port` of 0 is any free one).
     """
     # Ctrl-C reaches every process of the terminal's group: in which order they end is the launcher's business.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -50,13 +49,12 @@ def run_frontend(
         return Frontend(name, mailbox, outbox, controller_address, tokenizer)
 
     def announce(url: str) -> None:
-        outbox.send(launcher_address, Progress(name, 1.0, url))
-        outbox.send(launcher_address, Ready(name))
+        outbox.send(launcher_address, Ready(name, url))
 
     try:
-        listener = listen(host, port)
-        tokenizer: Tokenizer = ByteTokenizer() if model_folder is None else ModelTokenizer(Path(model_folder))
-        uvloop.run(_serve(listener, make_frontend, model_name, max_body_bytes, announce))
+        with listen(host, port) as listener:
+            tokenizer: Tokenizer = ByteTokenizer() if model_folder is None else ModelTokenizer(Path(model_folder))
+            uvloop.run(_serve(listener, make_frontend, model_name, max_body_bytes, announce))
     except FlowKVError as error:
         outbox.send(launcher_address, StartFailed(name, str(error)))
         return 1

@@ -171,6 +171,4 @@ def _prompt_logprobs(request: Request) -> list[TokenLogprobs] | None:
 
 def _empty(request: Request, choice: int) -> Output:
     prompt_logprobs = _prompt_logprobs(request) if choice == 0 else None
-    return Output(
-        request.request_id, choice, 0, 0, [], FinishReason.LENGTH, prompt_logprobs=prompt_logprobs
-    )
+    return Output(request.request_id, choice, 0, 0, [], FinishReason.LENGTH, prompt_logprobs=prompt_logprobs)

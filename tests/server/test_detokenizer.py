@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,6 +56,7 @@ def test_the_window_stays_short(tokenizer: ModelTokenizer, token: str) -> None:
         return tokenizer.decode(token_ids)
 
     token_id = tokenizer._tokenizer.token_to_id(token)
+    assert token_id is not None
     detokenizer = WindowDetokenizer(decode, tokenizer._special_ids)
     shown = pieces(detokenizer, [token_id] * 1000)
     assert longest <= 2 * MAX_HELD_TOKENS

@@ -6,14 +6,14 @@ import pytest
 import zmq
 
 from flowkv.errors import RequestError
-from flowkv.messages import Abort, FrontendHello, Rejected, Submit
+from flowkv.messages import Abort, FrontendHello, Rejected
 from flowkv.server.byte_tokenizer import ByteTokenizer
 from flowkv.server.choice import Delta
 from flowkv.server.frontend import Frontend, TextOptions
 from flowkv.server.stream import RequestStream
 from flowkv.types import FinishReason, Output, Request, SamplingParams
 from flowkv.wire import AsyncMailbox, Outbox, SyncContext
-from tests.server.fake_cluster import FakeCluster, outputs, say
+from tests.server.fake_cluster import FakeCluster, outputs, say, status
 
 Scenario = Callable[[Frontend, FakeCluster], Coroutine[None, None, None]]
 
@@ -25,9 +25,8 @@ def run(scenario: Scenario, folder: Path, beat_s: float = 0.02) -> None:
         mailbox, outbox = AsyncMailbox(context, f"ipc://{folder}/frontend"), Outbox(context)
         frontend = Frontend("f0", mailbox, outbox, cluster.address, ByteTokenizer(), beat_s=beat_s)
         receiving = asyncio.create_task(frontend.run())
-        while not frontend.is_ready:
-            await asyncio.sleep(0.001)
         async with asyncio.timeout(10):
+            await until(lambda: frontend.is_ready)
             await scenario(frontend, cluster)
         receiving.cancel()
         await asyncio.gather(receiving, return_exceptions=True)
@@ -54,8 +53,21 @@ def texts(deltas: list[Delta]) -> dict[int, str]:
     return found
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - nothing tells when a message has been handled
+        await asyncio.sleep(0.001)
+
+
 async def wait_for(cluster: FakeCluster, condition: Callable[[], bool]) -> None:
     await asyncio.to_thread(cluster.wait_for, condition)
+
+
+async def more_hellos(cluster: FakeCluster, number: int) -> None:
+    def count() -> int:
+        return sum(isinstance(message, FrontendHello) for message in cluster.received)
+
+    before = count()
+    await wait_for(cluster, lambda: count() >= before + number)
 
 
 def test_choices_of_all_requests_share_one_stream(tmp_path: Path) -> None:
@@ -75,11 +87,13 @@ def test_submit_is_repeated_until_it_is_accepted(tmp_path: Path) -> None:
         cluster.num_lost_submits = 3
         cluster.answer = lambda request: outputs(request, [1])[:0]
         frontend.submit([request()], TextOptions(), 0.0)
-        await wait_for(cluster, lambda: len(cluster.requests) == 4)
-        num_hellos = sum(isinstance(message, FrontendHello) for message in cluster.received)
-        await wait_for(cluster, lambda: sum(isinstance(m, FrontendHello) for m in cluster.received) > num_hellos + 3)
-        # The fourth was accepted; one more may have been on its way.
-        assert 4 <= sum(isinstance(message, Submit) for message in cluster.received) <= 5
+        await wait_for(cluster, lambda: len(cluster.requests) >= 4)
+        cluster.status = status(max_request_tokens=32)
+        await until(lambda: frontend.limits().max_request_tokens == 32)  # and so `Accepted`, sent before, is here too
+        await more_hellos(cluster, 3)
+        num_submits = len(cluster.requests)
+        await more_hellos(cluster, 3)
+        assert len(cluster.requests) == num_submits
 
     run(scenario, tmp_path)
 

@@ -98,7 +98,11 @@ def test_templates_have_what_transformers_gives_them() -> None:
 
 
 def test_templates_cannot_leave_the_sandbox() -> None:
-    for source in ("{{ ''.__class__.__mro__ }}", "{% set n = namespace() %}{% set n._x = 1 %}", "{{ messages.clear() }}"):
+    for source in (
+        "{{ ''.__class__.__mro__ }}",
+        "{% set n = namespace() %}{% set n._x = 1 %}",
+        "{{ messages.clear() }}",
+    ):
         with pytest.raises(RequestError):
             ChatTemplate(source, {}).render([{"role": "user", "content": "hi"}])
 

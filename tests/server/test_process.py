@@ -1,0 +1,100 @@
+"""The frontend as a process of its own, with the launcher's side played by the test."""
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import zmq
+
+from flowkv.messages import Progress, Ready, StartFailed
+from flowkv.wire import Mailbox, decode
+from tests.server.bpe import make_model_folder
+from tests.server.fake_cluster import FakeCluster, outputs
+
+MAIN = """
+import sys
+from flowkv.server.process import run_frontend
+host, port, mailbox, controller, launcher, folder = sys.argv[1:]
+code = run_frontend(host, int(port), mailbox, controller, launcher, "f0", folder or None, "toy")
+assert not {"torch", "transformers"} & set(sys.modules)
+sys.exit(code)
+"""
+
+
+class Launcher:
+    def __init__(self, folder: Path, controller_address: str) -> None:
+        self._folder = folder
+        self._controller_address = controller_address
+        self._context = zmq.Context()
+        self.mailbox = Mailbox(self._context, f"ipc://{folder}/launcher")
+
+    def start(self, host: str = "127.0.0.1", port: int = 0, model_folder: str = "") -> "subprocess.Popen[bytes]":
+        addresses = [f"ipc://{self._folder}/f0", self._controller_address, self.mailbox.address]
+        command = [sys.executable, "-W", "error", "-c", MAIN, host, str(port), *addresses, model_folder]
+        return subprocess.Popen(command, stderr=subprocess.PIPE)
+
+    def next_message(self) -> object:
+        assert self.mailbox.socket.poll(20_000)
+        return decode(self.mailbox.socket.recv())
+
+    def close(self) -> None:
+        self.mailbox.close()
+        self._context.term()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[FakeCluster]:
+    with FakeCluster(tmp_path) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def launcher(tmp_path: Path, cluster: FakeCluster) -> Iterator[Launcher]:
+    launcher = Launcher(tmp_path, cluster.address)
+    yield launcher
+    launcher.close()
+
+
+def test_serves_until_sigterm_and_ends_open_streams(launcher: Launcher, cluster: FakeCluster, tmp_path: Path) -> None:
+    cluster.answer = lambda request: outputs(request, [33, 34])[:1]
+    process = launcher.start(model_folder=str(make_model_folder(tmp_path / "model")))
+    progress = launcher.next_message()
+    assert isinstance(progress, Progress)
+    assert launcher.next_message() == Ready("f0")
+    while httpx.get(f"{progress.text}/ready").status_code != 200:
+        pass
+    process.send_signal(signal.SIGINT)  # the launcher's business
+    body = {"prompt": "hi", "stream": True, "max_tokens": 9}
+    with httpx.stream("POST", f"{progress.text}/v1/completions", json=body, timeout=10) as response:
+        lines = response.iter_lines()
+        assert '"text"' in next(lines)
+        process.terminate()
+        rest = "\n".join(lines)
+    assert '"finish_reason":"abort"' in rest
+    assert rest.rstrip().endswith("data: [DONE]")
+    assert (process.wait(10), process.communicate()[1]) == (0, b"")
+    cluster.wait_for(lambda: len(cluster.aborts) == 1)
+
+
+def test_a_busy_port_is_one_line_to_the_launcher(launcher: Launcher) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        process = launcher.start(port=port)
+        failed = launcher.next_message()
+        assert isinstance(failed, StartFailed)
+        assert failed.reason == f"cannot listen on 127.0.0.1 port {port}: Address already in use"
+        assert (process.wait(10), process.communicate()[1]) == (1, b"")
+
+
+def test_a_folder_without_tokenizer_is_one_line_to_the_launcher(launcher: Launcher, tmp_path: Path) -> None:
+    process = launcher.start(model_folder=str(tmp_path))
+    failed = launcher.next_message()
+    assert isinstance(failed, StartFailed)
+    assert "tokenizer.json" in failed.reason
+    assert "\n" not in failed.reason
+    assert (process.wait(10), process.communicate()[1]) == (1, b"")
