@@ -34,7 +34,7 @@ train: $(STAMP)
 	@$(RUN) training/train.py
 
 bench: $(STAMP)
-	@$(RUN) -m benchmarks.serve --serve '--prefill 1 --decode 1' --serve '--mixed 1' --rounds 2 \
+	@$(RUN) -m benchmarks.serve --serve '--prefill 1 --decode 1' --serve '--mixed 2' --rounds 2 \
 		--trace benchmarks/data/mooncake.jsonl --scale-length 0.05 --speedup 2 --num-requests 100
 
 clean:

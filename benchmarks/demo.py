@@ -14,12 +14,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
+from rich.table import Table
 
 from benchmarks import BenchmarkError, scrape
 from benchmarks.client import Client
 from benchmarks.figures import Record, Slo, figures
-from benchmarks.report import ROOT, percentile, print_table
+from benchmarks.report import ROOT, percentile
 from benchmarks.spawn import ServerProcess, exit_on_sigterm
 from flowkv.bundled.recall import recall_task
 
@@ -85,9 +86,9 @@ def show_recall(console: Console, prompts: Sequence[Prompt], records: Sequence[R
     console.rule("recall: facts that stand only in the KV cache that crossed", align="left")
     for prompt, record in zip(prompts, records, strict=True):
         if prompt.expected is not None:
-            answer = record.text.strip().replace("\n", " ")
-            verdict = "right" if answer == prompt.expected else f"wrong, it was {prompt.expected}"
-            console.print(f"  {prompt.shown:<18} {answer:<26} {verdict}", highlight=False, markup=False)
+            answer = " ".join(record.text.split())
+            verdict = "right" if answer == prompt.expected else f"wrong: {prompt.expected}"
+            console.print(f"{prompt.shown:<18} {answer:<24.24} {verdict}", highlight=False, markup=False)
 
 
 def figure_rows(records: Sequence[Record], duration_s: float, counted: dict[str, float]) -> list[list[str]]:
@@ -99,16 +100,29 @@ def figure_rows(records: Sequence[Record], duration_s: float, counted: dict[str,
     itl_s = [gap for record in records for gap in record.itl_s]
     ttft = summary["ttft_s"]
     return [
-        ["prompt tokens", f"{summary['prompt_tokens']} in {len(records)} prompts", ""],
-        ["output tokens", f"{summary['output_tokens']} in {duration_s:.2f} s", ""],
-        ["TTFT", f"{ttft['p50'] * 1e3:.0f} ms", f"at most {ttft['max'] * 1e3:.0f} ms"],
-        ["ITL", f"{percentile(itl_s, 0.5) * 1e3:.1f} ms", f"p99 {percentile(itl_s, 0.99) * 1e3:.1f} ms"],
-        ["output tokens/s", f"{summary['output_tokens_per_s']:.0f}", "all prompts together"],
+        ["prompts", f"{len(records)}", f"{summary['prompt_tokens']} tokens"],
+        ["TTFT", f"{ttft['p50'] * 1e3:.0f} ms", f"median; at most {ttft['max'] * 1e3:.0f} ms"],
+        ["ITL", f"{percentile(itl_s, 0.5) * 1e3:.1f} ms", f"median; p99 {percentile(itl_s, 0.99) * 1e3:.1f} ms"],
+        [
+            "output tokens/s",
+            f"{summary['output_tokens_per_s']:.0f}",
+            f"{summary['output_tokens']} tokens in {duration_s:.2f} s, prefill included",
+        ],
         ["KV moved", f"{server['transfer_bytes'] / 2**20:.2f} MiB", f"{server['transfers']:.0f} requests"],
-        ["in calls", f"{server['transfer_calls']:.0f}", "one for each run of blocks"],
+        ["in calls", f"{server['transfer_calls']:.0f}", "one for each run of consecutive blocks"],
         ["at", f"{server['transfer_bytes_per_s'] / 1e9:.2f} GB/s", "while moving"],
-        ["hidden under prefill", f"{server['transfer_hidden_fraction']:.0%}", "of the transfer time"],
+        ["hidden", f"{server['transfer_hidden_fraction']:.0%}", "of the transfer time, under prefill"],
     ]
+
+
+def _grid(rows: Sequence[Sequence[str]]) -> Table:
+    grid = Table.grid(padding=(0, 3))
+    columns: tuple[JustifyMethod, ...] = ("left", "right", "left")
+    for justify in columns:
+        grid.add_column(justify=justify, no_wrap=True)
+    for row in rows:
+        grid.add_row(*row)
+    return grid
 
 
 def run(console: Console, seed: int, seconds: float) -> None:
@@ -128,7 +142,7 @@ def run(console: Console, seed: int, seconds: float) -> None:
         show_recall(console, prompts, records)
         rows = figure_rows(records, duration_s, scrape.difference(before, scrape.settled_counters(url)))
         console.rule("figures", align="left")
-        print_table(console, ["", "median or total", ""], rows)
+        console.print(_grid(rows))
     console.print("stopped; no process is left. Next: .venv/bin/flowkv serve", highlight=False)
 
 

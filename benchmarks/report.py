@@ -21,13 +21,13 @@ PACKAGES = ("flowkv", "torch", "transformers", "numba", "numpy")
 
 
 def environment() -> dict[str, object]:
-    """Machine, versions, commit and command line of this run.
+    """Machine, versions, commit and command line of this run, and the time at which this was asked.
 
     `dirty` is True where tracked files were changed; both are None outside a git checkout.
     """
     changed = _git("status", "--porcelain", "--untracked-files=no")
     return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if changed is None else changed != "",

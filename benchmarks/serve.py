@@ -287,7 +287,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     results = [summary(configuration, _slo(args)) for configuration in measured]
     for result in results:
         print_summary(console, result, has_slo=_slo(args) != Slo())
-    options = {name: str(value) for name, value in vars(args).items() if value is not None}
+    options = {name: value if isinstance(value, int | list) else str(value) for name, value in vars(args).items()}
     write_report(args.output, {"options": options, "configurations": results})
     console.print(f"\nwrote {args.output}", highlight=False, soft_wrap=True)
     return 1 if any(result["num_errors"] for result in results) else 0

@@ -16,6 +16,7 @@ import psutil
 from benchmarks import BenchmarkError
 
 LOG_TAIL_LINES = 15
+STOP_TIMEOUT_S = 60.0
 
 
 def exit_on_sigterm() -> None:
@@ -39,11 +40,12 @@ class ServerProcess:
     """A `flowkv serve` on a free loopback port, from `with` to the end of the block; the context's value is its URL.
 
     Its output goes to `log`, or (None) to this terminal, progress bar included. Leaving the block sends SIGTERM and
-    raises BenchmarkError where the server then ends with a code other than 0 or leaves a process behind.
+    raises BenchmarkError where the server then ends with a code other than 0, or leaves a process that is still there
+    `linger_s` later.
     """
 
     def __init__(
-        self, arguments: Sequence[str], log: Path | None, start_timeout_s: float = 300.0, stop_timeout_s: float = 60.0
+        self, arguments: Sequence[str], log: Path | None, start_timeout_s: float = 300.0, linger_s: float = 10.0
     ) -> None:
         port = free_port()
         program = Path(sys.executable).with_name("flowkv")
@@ -53,7 +55,7 @@ class ServerProcess:
         self._command = [str(program), "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
         self._log = log
         self._start_timeout_s = start_timeout_s
-        self._stop_timeout_s = stop_timeout_s
+        self._linger_s = linger_s
 
     def __enter__(self) -> str:
         if self._log is not None:
@@ -103,11 +105,13 @@ class ServerProcess:
         family = psutil.Process(self._process.pid).children(recursive=True)
         self._process.terminate()
         try:
-            self._process.wait(self._stop_timeout_s)
+            self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        _, left = psutil.wait_procs(family, timeout=2.0)
+        deadline_s = time.monotonic() + self._linger_s
+        while (left := list(filter(_is_alive, family))) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
         for process in left:
             process.kill()
         return [process.pid for process in left]
@@ -117,3 +121,11 @@ class ServerProcess:
             return ""
         lines = self._log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
         return "".join(f"\n  | {line}" for line in lines) + f"\n(all of it: {self._log})"
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """False for a zombie too: whoever adopted it has not looked yet."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

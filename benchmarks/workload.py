@@ -53,6 +53,9 @@ class Lengths:
             raise ValueError(f"{text!r} is not a range of lengths of at least 1")
         return lengths
 
+    def __str__(self) -> str:
+        return f"{self.low}:{self.high}"
+
     def draw(self, rng: random.Random) -> int:
         return rng.randint(self.low, self.high)
 

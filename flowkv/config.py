@@ -21,6 +21,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_batch_tokens: int = 512  # prompt tokens computed in one step, at most
     max_choices: int = 256  # decoded at once
     threads: int = 0  # 0: the cores there are, shared out between the instances
+    check_integrity: bool = False  # after every step, that each block has exactly the holders it should; for tests
 
     def __post_init__(self) -> None:
         if self.block_size < 1 or self.block_size & (self.block_size - 1):

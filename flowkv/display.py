@@ -9,16 +9,20 @@ from flowkv.config import ClusterConfig
 
 
 class TerminalDisplay:
-    """A bar for each process that starts, on a terminal; plain lines elsewhere. Everything goes to stderr."""
+    """A bar for each process that starts, on a terminal; a plain line for each change elsewhere. All of it on stderr."""
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._tasks: dict[str, TaskID] = {}
+        self._last_text: dict[str, str] = {}
         self._bars = Progress(
-            TextColumn("{task.description:>12}"), BarColumn(30), TextColumn("{task.fields[text]}"), console=self._console,
+            TextColumn("{task.description:>12}"),
+            BarColumn(30),
+            TextColumn("{task.fields[text]}"),
+            console=self._console,
             disable=not self._console.is_terminal,
-        )  # fmt: skip
+        )
 
     def __enter__(self) -> "TerminalDisplay":
         self._bars.start()
@@ -28,18 +32,19 @@ class TerminalDisplay:
         self._bars.stop()
 
     def progress(self, process: str, fraction: float, text: str) -> None:
-        if not self._console.is_terminal:
-            self._console.print(f"flowkv: {process}: {text}")
-            return
-        if process not in self._tasks:
-            self._tasks[process] = self._bars.add_task(process, total=1.0, text=text)
-        self._bars.update(self._tasks[process], completed=fraction, text=text)
+        if self._console.is_terminal:
+            if process not in self._tasks:
+                self._tasks[process] = self._bars.add_task(process, total=1.0, text=text)
+            self._bars.update(self._tasks[process], completed=fraction, text=text)
+        elif self._last_text.get(process) != text:
+            self._last_text[process] = text
+            self.note(f"{process}: {text}")
 
     def ready(self, url: str) -> None:
         self._bars.stop()
         roles = self._config.roles
         counts = ", ".join(f"{roles.count(role)} {role}" for role in dict.fromkeys(roles))
-        self._console.print(f"flowkv: serving at {url} ({counts}); Ctrl-C stops it", soft_wrap=True)
+        self.note(f"serving at {url} ({counts}); Ctrl-C stops it")
 
     def note(self, text: str) -> None:
-        self._console.print(f"flowkv: {text}", soft_wrap=True)
+        self._console.print(f"flowkv: {text}", markup=False)

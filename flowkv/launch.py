@@ -1,12 +1,11 @@
 """The launcher: parent of every process of a cluster on this node.
 
-Processes without torch (frontend, controller, toy instances) are spawned; instances with a model are forked from a server
-that has torch and transformers loaded, so that a second instance costs no second import. Every child dies with its
+Instances are forked from a server that has torch and transformers loaded (a toy's has neither), so that a second one costs
+no second import; frontend and controller, which need no torch, do not come from such a server. Every child dies with its
 parent, the KV pools die with the processes that map them, and the run folder goes with the controller.
 """
 
 import contextlib
-import ctypes
 import logging
 import multiprocessing
 import os
@@ -14,6 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -35,7 +35,6 @@ from flowkv.wire import Mailbox, Outbox, SyncContext
 CONTROLLER, FRONTEND = "controller", "frontend"
 _STOP_TIMEOUT_S = 10.0
 _MAX_FAILED_STARTS = 3  # of one instance in a row, before the launcher gives up on it
-_PR_SET_PDEATHSIG = 1
 
 _logger = logging.getLogger(__name__)
 
@@ -79,9 +78,10 @@ class Launcher:
         self._children: dict[str, _Child] = {}
         self._slots: dict[str, _Slot] = {}  # by the name of the instance that fills it
         self._url = ""
-        self._spawn = multiprocessing.get_context("spawn")
+        # One server to fork from: with torch for instances of a model; without, it can fork the other processes too.
         self._forkserver = multiprocessing.get_context("forkserver")
-        self._forkserver.set_forkserver_preload(["flowkv.engine.torch_model"])
+        self._forkserver.set_forkserver_preload([__name__ if config.toy else "flowkv.engine.torch_model"])
+        self._light = self._forkserver if config.toy else multiprocessing.get_context("spawn")
 
     def run(self) -> None:
         """ConfigError, ModelError or PoolError if the cluster cannot start; it is gone by then."""
@@ -117,11 +117,11 @@ class Launcher:
         """The frontend binds its port first, so that a busy one is known before a model is loaded."""
         config = self._config
         addresses = (self._address(CONTROLLER), self._address("launcher"))
-        self._start(CONTROLLER, self._spawn, run_controller, CONTROLLER, *addresses, len(config.roles))
+        self._start(CONTROLLER, self._light, run_controller, CONTROLLER, *addresses, len(config.roles))
         server = config.server
         model_folder = None if self._model_folder is None else str(self._model_folder)
         self._start(
-            FRONTEND, self._spawn, run_frontend, server.host, server.port, self._address(FRONTEND), *addresses, FRONTEND,
+            FRONTEND, self._light, run_frontend, server.host, server.port, self._address(FRONTEND), *addresses, FRONTEND,
             model_folder, self._model_name, server.max_body_bytes,
         )  # fmt: skip
         while not self._children[FRONTEND].is_ready:
@@ -156,7 +156,7 @@ class Launcher:
             )  # fmt: skip
         self._slots[spec.name] = slot
         self._display.progress(spec.name, 0.0, "starting")
-        self._start(spec.name, self._spawn if self._config.toy else self._forkserver, run_instance, spec)
+        self._start(spec.name, self._forkserver, run_instance, spec)
         self._children[spec.name].spec = spec
 
     def _start(self, name: str, context: Any, target: Callable[..., None], *args: Any) -> None:
@@ -273,7 +273,7 @@ def _child_main(run_folder: str | None, target: Callable[..., None], args: tuple
     """First thing in every child. Ctrl-C reaches the whole process group, so only the launcher heeds it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(0))
-    _die_with_parent(signal.SIGTERM if run_folder else signal.SIGKILL)
+    _die_with_launcher(signal.SIGTERM if run_folder else signal.SIGKILL)
     logging.basicConfig(level=logging.WARNING, format="flowkv: %(message)s", stream=sys.stderr)
     try:
         target(*args)
@@ -282,11 +282,17 @@ def _child_main(run_folder: str | None, target: Callable[..., None], args: tuple
             shutil.rmtree(run_folder, ignore_errors=True)
 
 
-def _die_with_parent(signum: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signum)) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() == 1:
-        sys.exit(1)  # it was dead before we could ask
+def _die_with_launcher(signum: int) -> None:
+    """Signal this process when the launcher is gone. (A parent-death signal would watch the fork server instead, which
+    lives as long as any child of its does.)"""
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None
+
+    def watch() -> None:
+        launcher.join()
+        os.kill(os.getpid(), signum)
+
+    threading.Thread(target=watch, name="flowkv-launcher-watch", daemon=True).start()
 
 
 def _describe_exit(exitcode: int | None) -> str:

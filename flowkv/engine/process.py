@@ -139,6 +139,8 @@ class _Instance:
     def _carry_out(self) -> None:
         for effect in self._engine.take_effects():
             self._do(effect)
+        if self._spec.config.engine.check_integrity:
+            self._engine.check_integrity()
 
     def _do(self, effect: Effect) -> None:
         match effect:

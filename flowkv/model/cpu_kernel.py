@@ -117,7 +117,7 @@ class CpuKernel:
 
 
 def storage_view(tensor: torch.Tensor) -> Any:
-    """A NumPy view; bfloat16 as uint16, float16 as int16 (`flowkv.model.simd`)."""
+    """A NumPy view; bfloat16 as uint16, float16 as int16 (`flowkv.model.numba_kernels`)."""
     bits = BITS.get(tensor.dtype)
     return (tensor if bits is None else tensor.view(bits)).detach().numpy()
 

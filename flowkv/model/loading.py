@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -113,7 +114,7 @@ def load_weights(
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except (ValueError, RuntimeError, OSError, ImportError) as error:
+        except (ValueError, RuntimeError, OSError, ImportError, SafetensorError) as error:
             raise ModelError(f"The weights in {folder} cannot be loaded: {first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
     missing = sorted(loaded[1]["missing_keys"])

@@ -80,7 +80,7 @@ def penalize(row: torch.Tensor, spec: DrawSpec) -> None:
     penalty; presence and frequency (over the output) subtract theirs once, and once a time a token occurred."""
     params = spec.sampling
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*spec.prompt_ids, *spec.output_ids}), device=row.device)
+        seen = torch.tensor(sorted({*spec.prompt_ids, *spec.output_ids}), dtype=torch.long, device=row.device)
         values = row[seen]
         row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
     if spec.output_ids and (params.presence_penalty or params.frequency_penalty):

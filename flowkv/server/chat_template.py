@@ -20,7 +20,7 @@ from flowkv.errors import ModelError, RequestError
 
 class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """`special_tokens` (`bos_token`, ...) are variables of the template. Raises `ModelError` if it does not parse."""
+        """`special_tokens` (`bos_token`, ...) are variables of the template; raises `ModelError` if it is none."""
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:

@@ -158,21 +158,30 @@ class ShmTransfer:
 
 
 def _attach(pool_address: str, block_bytes: int) -> tuple[socket.socket, KvPool]:
+    """Connect to a listening `ShmTransfer` and map the pool that it hands out."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    connection.settimeout(_CONNECT_TIMEOUT_S)
     try:
+        connection.settimeout(_CONNECT_TIMEOUT_S)
         connection.connect(pool_address)
         header, fds, _, _ = socket.recv_fds(connection, _POOL.size, 1)
+        connection.settimeout(None)
+        return connection, _map_peer(pool_address, header, fds, block_bytes)
     except OSError as error:
         connection.close()
         raise TransferError(f"the pool at {pool_address} cannot be reached: {error}") from error
-    connection.settimeout(None)
+    except TransferError:
+        connection.close()
+        raise
+
+
+def _map_peer(pool_address: str, header: bytes, fds: list[int], block_bytes: int) -> KvPool:
     if len(header) != _POOL.size or len(fds) != 1:
         raise TransferError(f"the pool at {pool_address} was not handed out")
     num_blocks, peer_block_bytes = _POOL.unpack(header)
     if peer_block_bytes != block_bytes:
+        os.close(fds[0])
         raise TransferError(f"a block has {peer_block_bytes} bytes at {pool_address}, {block_bytes} here")
-    return connection, KvPool.attach(fds[0], num_blocks, peer_block_bytes)
+    return KvPool.attach(fds[0], num_blocks, peer_block_bytes)
 
 
 def _receive_into(connection: socket.socket, arrived: list[Arrived]) -> bool:

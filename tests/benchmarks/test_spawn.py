@@ -71,7 +71,8 @@ def test_an_exit_code_other_than_zero_is_an_error(log: Path) -> None:
 
 
 def test_a_process_left_behind_is_an_error_and_killed(log: Path) -> None:
-    with pytest.raises(BenchmarkError, match="left processes behind"), ServerProcess(["--child"], log):
+    server = ServerProcess(["--child"], log, linger_s=0.3)
+    with pytest.raises(BenchmarkError, match="left processes behind"), server:
         pass
     pid = int(re.findall(r"^child (\d+)$", log.read_text(), re.MULTILINE)[0])
     with suppress(psutil.NoSuchProcess):

@@ -119,9 +119,11 @@ def test_scaled_prompts_share_what_the_hashes_share(left: list[int], right: list
     assert shared_prefix(*prompts) >= min(round(prefix * 512 * scale), *map(len, prompts))
 
 
-def test_different_hashes_are_different_blocks() -> None:
-    prompts = [prompt_ids(TraceRequest(0.0, 1024, 1, (7, last)), 0, VOCAB, seed=0) for last in (8, 9)]
-    assert shared_prefix(*prompts) == pytest.approx(512, abs=2)
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_different_hashes_are_different_blocks(scale: float) -> None:
+    requests = scaled([TraceRequest(0.0, 1024, 1, (7, last)) for last in (8, 9)], scale, 1.0)
+    prompts = [prompt_ids(request, 0, VOCAB, seed=0) for request in requests]
+    assert shared_prefix(*prompts) == pytest.approx(512 * scale, abs=2)
     assert all(VOCAB.low <= token_id <= VOCAB.high for prompt in prompts for token_id in prompt)
 
 

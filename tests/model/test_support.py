@@ -22,6 +22,7 @@ from transformers import (
 from flowkv.errors import ModelError
 from flowkv.model import probe, support
 from flowkv.model.attention import ATTENTION_NAME
+from flowkv.model.kernels import ReferenceKernel
 from flowkv.model.loading import LoadedModel, load_model
 from flowkv.model.probe import Recorder
 from tests.model.tiny_models import CONFIGS, SHAPE, save_model
@@ -52,7 +53,7 @@ def test_a_refusal_comes_before_the_weights_are_read(tmp_path: Path) -> None:
 
 
 def test_attention_sinks_are_refused(tmp_path: Path) -> None:
-    layers = {"layer_types": ["full_attention", "full_attention"]}
+    layers: dict[str, Any] = {"layer_types": ["full_attention", "full_attention"]}
     folder = save_model(GptOssConfig(**SHAPE, **layers, head_dim=16, num_local_experts=2), tmp_path)
     with pytest.raises(ModelError, match="attention sinks"):
         load_model(folder, "auto")
@@ -110,7 +111,7 @@ def test_prefix_masks_and_home_made_masks_are_refused() -> None:
     with pytest.raises(ModelError, match="not plainly causal"):
         recorder().check_mask(masked(lambda batch, head, q, k: (k <= q) | (k < 4)), None)
     with pytest.raises(ModelError, match="depends on the tokens"):
-        recorder().check_mask(masked(lambda batch, head, q, k: torch.zeros(6)[k] == 0), None)
+        recorder().check_mask(masked(lambda batch, head, q, k: (k <= q) & (torch.ones(6)[k] == 1)), None)
     for mask in (None, torch.ones(1, 1, 6, 6)):
         with pytest.raises(ModelError, match="masks itself"):
             recorder().check_mask(mask, None)
@@ -135,15 +136,21 @@ def loaded(tmp_path: Path) -> LoadedModel:
 
 def test_layers_that_stay_away_from_the_interface_are_noticed(loaded: LoadedModel) -> None:
     loaded.model.config.num_hidden_layers = 1
-    loaded.model.model.layers[0].self_attn.layer_idx = 1  # type: ignore[union-attr, index]
+    loaded.model.model.layers[0].self_attn.layer_idx = 1
     with pytest.raises(ModelError, match="go through the attention interface"):
         probe.watch(loaded.model, 256)
 
 
-def test_wrong_numbers_are_noticed(loaded: LoadedModel) -> None:
+class WindowlessKernel(ReferenceKernel):
+    def attend(self, *args: Any) -> torch.Tensor:
+        query, layer, batch, scale, _, softcap = args
+        return super().attend(query, layer, batch, scale, None, softcap)
+
+
+def test_wrong_numbers_are_noticed(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     _, geometry = probe.watch(loaded.model, 256)
     probe.compare(loaded.model, 2, geometry)
-    loaded.model.model.layers[1].self_attn.sliding_window = None  # type: ignore[union-attr, index]
+    monkeypatch.setattr(probe, "make_kernel", WindowlessKernel)
     with pytest.raises(ModelError, match="logits differ"):
         probe.compare(loaded.model, 2, geometry)
     assert loaded.model.config._attn_implementation == ATTENTION_NAME
@@ -156,7 +163,7 @@ def test_state_carried_from_token_to_token_is_noticed(loaded: LoadedModel) -> No
         return output + output.roll(1, dims=1) * (torch.arange(output.shape[1]) > 0)[:, None]
 
     _, geometry = probe.watch(loaded.model, 256)
-    loaded.model.model.layers[0].mlp.register_forward_hook(shifted)  # type: ignore[union-attr, index]
+    loaded.model.model.layers[0].mlp.register_forward_hook(shifted)
     with pytest.raises(ModelError, match="logits differ"):
         probe.compare(loaded.model, 2, geometry)
 

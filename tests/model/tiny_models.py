@@ -42,7 +42,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 def save_model(config: PretrainedConfig, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     model.to(dtype).save_pretrained(folder)  # type: ignore[arg-type]
     return folder
 

@@ -54,6 +54,14 @@ def test_a_new_attempt_goes_on_where_the_old_one_ended(text: str, num_before: in
     assert choice.num_tokens == len(token_ids)
 
 
+def test_what_an_old_attempt_sent_ahead_is_forgotten() -> None:
+    choice = make()
+    choice.accept(output(0, "h"))
+    choice.accept(output(2, "X"))
+    choice.restart()
+    assert text_of([choice.accept(output(index, char)) for index, char in enumerate("hey!")]) == "ey!"
+
+
 def test_a_stop_string_ends_the_choice_and_what_follows_is_dropped() -> None:
     choice = make("END")
     deltas = [choice.accept(output(0, "hi E")), choice.accept(output(4, "NDxyz"))]

@@ -54,7 +54,7 @@ def texts(deltas: list[Delta]) -> dict[int, str]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 - nothing tells when a message has been handled
+    while not condition():
         await asyncio.sleep(0.001)
 
 

@@ -5,13 +5,16 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 import zmq
 
-from flowkv.messages import Progress, Ready, StartFailed
+from flowkv.errors import ConfigError
+from flowkv.messages import Ready, StartFailed
+from flowkv.server.process import listen
 from flowkv.wire import Mailbox, decode
 from tests.server.bpe import make_model_folder
 from tests.server.fake_cluster import FakeCluster, outputs
@@ -36,15 +39,24 @@ class Launcher:
     def start(self, host: str = "127.0.0.1", port: int = 0, model_folder: str = "") -> "subprocess.Popen[bytes]":
         addresses = [f"ipc://{self._folder}/f0", self._controller_address, self.mailbox.address]
         command = [sys.executable, "-W", "error", "-c", MAIN, host, str(port), *addresses, model_folder]
-        return subprocess.Popen(command, stderr=subprocess.PIPE)
+        self._process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        return self._process
 
     def next_message(self) -> object:
         assert self.mailbox.socket.poll(20_000)
         return decode(self.mailbox.socket.recv())
 
     def close(self) -> None:
+        self._process.kill()  # one that has ended is left alone
+        self._process.communicate()
         self.mailbox.close()
         self._context.term()
+
+
+def end_of(process: "subprocess.Popen[bytes]") -> tuple[int, bytes]:
+    """Exit status, and what was written to stderr."""
+    _, complaints = process.communicate(timeout=20)
+    return process.returncode, complaints
 
 
 @pytest.fixture
@@ -63,22 +75,28 @@ def launcher(tmp_path: Path, cluster: FakeCluster) -> Iterator[Launcher]:
 def test_serves_until_sigterm_and_ends_open_streams(launcher: Launcher, cluster: FakeCluster, tmp_path: Path) -> None:
     cluster.answer = lambda request: outputs(request, [33, 34])[:1]
     process = launcher.start(model_folder=str(make_model_folder(tmp_path / "model")))
-    progress = launcher.next_message()
-    assert isinstance(progress, Progress)
-    assert launcher.next_message() == Ready("f0")
-    while httpx.get(f"{progress.text}/ready").status_code != 200:
+    ready = launcher.next_message()
+    assert isinstance(ready, Ready)
+    assert ready.url.startswith("http://127.0.0.1:")
+    while httpx.get(f"{ready.url}/ready").status_code != 200:
         pass
     process.send_signal(signal.SIGINT)  # the launcher's business
-    body = {"prompt": "hi", "stream": True, "max_tokens": 9}
-    with httpx.stream("POST", f"{progress.text}/v1/completions", json=body, timeout=10) as response:
+    url, body = f"{ready.url}/v1/completions", {"prompt": "hi", "max_tokens": 9}
+    with (
+        ThreadPoolExecutor(1) as pool,
+        httpx.stream("POST", url, json={**body, "stream": True}, timeout=10) as response,
+    ):
         lines = response.iter_lines()
         assert '"text"' in next(lines)
+        whole = pool.submit(httpx.post, url, json=body, timeout=10)
+        cluster.wait_for(lambda: len({request.request_id for request in cluster.requests}) == 2)
         process.terminate()
         rest = "\n".join(lines)
+    assert whole.result().status_code == 503  # a part must not be taken for the whole
     assert '"finish_reason":"abort"' in rest
     assert rest.rstrip().endswith("data: [DONE]")
-    assert (process.wait(10), process.communicate()[1]) == (0, b"")
-    cluster.wait_for(lambda: len(cluster.aborts) == 1)
+    assert end_of(process) == (0, b"")
+    cluster.wait_for(lambda: len(cluster.aborts) == 2)
 
 
 def test_a_busy_port_is_one_line_to_the_launcher(launcher: Launcher) -> None:
@@ -88,7 +106,21 @@ def test_a_busy_port_is_one_line_to_the_launcher(launcher: Launcher) -> None:
         failed = launcher.next_message()
         assert isinstance(failed, StartFailed)
         assert failed.reason == f"cannot listen on 127.0.0.1 port {port}: Address already in use"
-        assert (process.wait(10), process.communicate()[1]) == (1, b"")
+        assert end_of(process) == (1, b"")
+
+
+def test_a_port_is_taken_from_the_moment_that_it_is_bound() -> None:
+    with listen("127.0.0.1", 0) as first:
+        with pytest.raises(ConfigError, match="in use"):
+            listen("127.0.0.1", first.getsockname()[1])
+        socket.create_connection(first.getsockname()).close()
+
+
+def test_a_host_that_is_not_here_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1"):
+        listen("192.0.2.1", 0)
+    with pytest.raises(ConfigError, match="no such host"):
+        listen("no such host", 0)
 
 
 def test_a_folder_without_tokenizer_is_one_line_to_the_launcher(launcher: Launcher, tmp_path: Path) -> None:
@@ -97,4 +129,4 @@ def test_a_folder_without_tokenizer_is_one_line_to_the_launcher(launcher: Launch
     assert isinstance(failed, StartFailed)
     assert "tokenizer.json" in failed.reason
     assert "\n" not in failed.reason
-    assert (process.wait(10), process.communicate()[1]) == (1, b"")
+    assert end_of(process) == (1, b"")

@@ -1,0 +1,100 @@
+import os
+import select
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flowkv.errors import TransferError
+from flowkv.kv.pool import KvPool
+from flowkv.transfer.base import Arrived, Written
+from flowkv.transfer.plan import Run
+from flowkv.transfer.shm import ShmTransfer
+
+BLOCK_BYTES = 8192
+
+
+class Side:
+    def __init__(self, folder: Path, name: str, num_blocks: int = 8, block_bytes: int = BLOCK_BYTES) -> None:
+        self.address = str(folder / name)
+        self.pool = KvPool.create(num_blocks, block_bytes)
+        self.transfer = ShmTransfer(self.pool, self.address)
+
+    def wait(self, num_written: int, num_arrived_blocks: int) -> tuple[list[Written], list[Arrived]]:
+        written: list[Written] = []
+        arrived: list[Arrived] = []
+        while len(written) < num_written or sum(a.num_blocks for a in arrived) < num_arrived_blocks:
+            ready, _, _ = select.select(self.transfer.filenos(), [], [], 10.0)
+            assert ready, "nothing completes"
+            new_written, new_arrived = self.transfer.poll()
+            written += new_written
+            arrived += new_arrived
+        return written, arrived
+
+
+@pytest.fixture
+def sides(tmp_path: Path) -> Iterator[tuple[Side, Side]]:
+    p, d = Side(tmp_path, "p"), Side(tmp_path, "d")
+    p.transfer.connect("d", d.address)
+    d.transfer.connect("p", p.address)
+    yield p, d
+    p.transfer.close()
+    d.transfer.close()
+
+
+def test_runs_land_where_they_should_and_are_counted_in_blocks(sides: tuple[Side, Side]) -> None:
+    p, d = sides
+    p.pool.buffer[:] = os.urandom(len(p.pool.buffer))
+    before = bytes(d.pool.buffer)
+    p.transfer.submit(7, "d", [Run(0, 5, 2), Run(6, 1, 1)], immediate=42)
+    assert sum(a.num_blocks for a in d.wait(0, 3)[1]) == 3
+    written, _ = p.wait(1, 0)
+    assert (written[0].ticket, written[0].num_bytes) == (7, 3 * BLOCK_BYTES)
+
+    def block(pool: KvPool | bytes, i: int) -> bytes:
+        buffer = pool if isinstance(pool, bytes) else pool.buffer
+        return bytes(buffer[i * BLOCK_BYTES : (i + 1) * BLOCK_BYTES])
+
+    source = {5: 0, 6: 1, 1: 6}
+    for i in range(8):
+        assert block(d.pool, i) == (block(p.pool, source[i]) if i in source else block(before, i))
+
+
+def test_both_directions_at_once(sides: tuple[Side, Side]) -> None:
+    p, d = sides
+    for ticket in range(20):
+        p.transfer.submit(ticket, "d", [Run(0, 1, 2)], immediate=1)
+        d.transfer.submit(ticket, "p", [Run(4, 3, 1)], immediate=2)
+    assert {a.immediate for a in d.wait(20, 40)[1]} == {1}
+    assert {a.immediate for a in p.wait(20, 20)[1]} == {2}
+
+
+def test_what_is_submitted_for_a_disconnected_peer_completes_unsent(sides: tuple[Side, Side]) -> None:
+    p, _ = sides
+    p.transfer.disconnect("d")
+    p.transfer.submit(3, "d", [Run(0, 0, 1)], immediate=1)
+    written, _ = p.wait(1, 0)
+    assert written == [Written(3, 0, 0.0)]
+
+
+def test_a_peer_that_closes_is_no_error_for_the_writer(sides: tuple[Side, Side]) -> None:
+    p, d = sides
+    d.transfer.disconnect("p")
+    p.transfer.poll()
+    p.transfer.submit(1, "d", [Run(0, 0, 1)], immediate=1)
+    assert p.wait(1, 0)[0][0].ticket == 1
+
+
+def test_blocks_of_another_size_are_refused_at_the_connection(tmp_path: Path) -> None:
+    p, d = Side(tmp_path, "p"), Side(tmp_path, "d", block_bytes=4096)
+    with pytest.raises(TransferError, match="4096 bytes"):
+        p.transfer.connect("d", d.address)
+    p.transfer.close()
+    d.transfer.close()
+
+
+def test_no_pool_at_an_address_is_a_clear_error(tmp_path: Path) -> None:
+    p = Side(tmp_path, "p")
+    with pytest.raises(TransferError, match="cannot be reached"):
+        p.transfer.connect("d", str(tmp_path / "nobody"))
+    p.transfer.close()
