@@ -203,7 +203,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1800, help="length of the whole run, over all resumptions")
+    parser.add_argument("--steps", type=int, default=1300, help="length of the whole run, over all resumptions")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint")

@@ -114,9 +114,11 @@ def test_what_is_beyond_the_context_is_never_read(dtype: torch.dtype, num_tokens
     assert torch.equal(kernel.attend(tokens, 0, batch, 1.0), tokens)
 
 
-def test_a_nan_in_the_cache_comes_out_as_nan() -> None:
+@pytest.mark.parametrize("key_or_value", [0, 1])
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_a_nan_in_the_cache_comes_out_as_nan(key_or_value: int, position: int) -> None:
     pool = torch.zeros(1, 1, 2, 4, 1, 16)
-    pool[0, 0, 1, 1] = float("nan")
+    pool[0, 0, key_or_value, position] = float("nan")
     batch = pack([2], [1], [[0]], 4)
     assert CpuKernel(pool).attend(torch.ones(1, 1, 16), 0, batch, 1.0).isnan().all()
 
