@@ -9,7 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks import BenchmarkError
 
 PREFIX = "flowkv_instance_"
-SETTLE_TIMEOUT_S = 5.0
+SETTLE_INTERVAL_S = 1.25  # an idle instance reports once a second
+SETTLE_TIMEOUT_S = 10.0
 
 Counters = dict[tuple[str, str], float]  # (instance, counter without prefix and "_total"): value
 
@@ -36,11 +37,11 @@ def read_counters(url: str) -> Counters:
 
 
 def settled_counters(url: str) -> Counters:
-    """The counters once an idle server's instances have all reported: when two readings apart agree."""
+    """The counters once an idle server's instances have all reported: when two readings in a row agree."""
     deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
     counters = read_counters(url)
     while time.monotonic() < deadline_s:
-        time.sleep(0.25)
+        time.sleep(SETTLE_INTERVAL_S)
         again = read_counters(url)
         if again == counters:
             break

@@ -62,7 +62,9 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     serve.set_defaults(command=_serve)
     defaults = ClusterConfig()
-    serve.add_argument("model", nargs="?", metavar="MODEL", help="folder of a Hugging Face model (default: the bundled one)")
+    serve.add_argument(
+        "model", nargs="?", metavar="MODEL", help="folder of a Hugging Face model (default: the bundled one)"
+    )
     cluster = serve.add_argument_group("cluster")
     cluster.add_argument("--prefill", type=int, metavar="N", help=f"prefill instances (default: {defaults.prefill})")
     cluster.add_argument("--decode", type=int, metavar="N", help=f"decode instances (default: {defaults.decode})")
@@ -71,11 +73,17 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     engine = serve.add_argument_group("instances")
     engine.add_argument("--dtype", choices=DTYPES, help="of weights and KV (default: auto, the model's own)")
     engine.add_argument("--kv-memory", metavar="SIZE", help="KV pool of one instance, such as 512MiB (default: auto)")
-    engine.add_argument("--threads", type=int, metavar="N", help="threads of one instance (default: its share of the cores)")
+    engine.add_argument(
+        "--threads", type=int, metavar="N", help="threads of one instance (default: its share of the cores)"
+    )
     server = serve.add_argument_group("server")
     server.add_argument("--host", help=f"address to listen on (default: {defaults.server.host})")
-    server.add_argument("--port", type=int, help=f"port to listen on, 0 for any free one (default: {defaults.server.port})")
-    server.add_argument("--model-name", metavar="NAME", help="what the API calls the model (default: its folder's name)")
+    server.add_argument(
+        "--port", type=int, help=f"port to listen on, 0 for any free one (default: {defaults.server.port})"
+    )
+    server.add_argument(
+        "--model-name", metavar="NAME", help="what the API calls the model (default: its folder's name)"
+    )
     files = serve.add_argument_group("configuration")
     files.add_argument("--config", type=Path, metavar="FILE", help="TOML file; docs/operations.md lists its keys")
     files.add_argument(

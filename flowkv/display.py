@@ -9,7 +9,7 @@ from flowkv.config import ClusterConfig
 
 
 class TerminalDisplay:
-    """A bar for each process that starts, on a terminal; a plain line for each change elsewhere. All of it on stderr."""
+    """On a terminal a bar for each process that starts, elsewhere a line for each change. All of it on stderr."""
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
@@ -28,7 +28,9 @@ class TerminalDisplay:
         self._bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bars.stop()
 
     def progress(self, process: str, fraction: float, text: str) -> None:

@@ -1,8 +1,8 @@
 """The launcher: parent of every process of a cluster on this node.
 
-Instances are forked from a server that has torch and transformers loaded (a toy's has neither), so that a second one costs
-no second import; frontend and controller, which need no torch, do not come from such a server. Every child dies with its
-parent, the KV pools die with the processes that map them, and the run folder goes with the controller.
+Instances are forked from a server that has torch and transformers loaded (a toy's has neither), so that a second one
+costs no second import; frontend and controller, which need no torch, do not come from such a server. Every child dies
+with its parent, the KV pools die with the processes that map them, and the run folder goes with the controller.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
@@ -120,10 +120,9 @@ class Launcher:
         self._start(CONTROLLER, self._light, run_controller, CONTROLLER, *addresses, len(config.roles))
         server = config.server
         model_folder = None if self._model_folder is None else str(self._model_folder)
-        self._start(
-            FRONTEND, self._light, run_frontend, server.host, server.port, self._address(FRONTEND), *addresses, FRONTEND,
-            model_folder, self._model_name, server.max_body_bytes,
-        )  # fmt: skip
+        listen = (server.host, server.port, self._address(FRONTEND))
+        model = (model_folder, self._model_name, server.max_body_bytes)
+        self._start(FRONTEND, self._light, run_frontend, *listen, *addresses, FRONTEND, *model)
         while not self._children[FRONTEND].is_ready:
             self._wait()
         threads = config.engine.threads or max(1, (os.cpu_count() or 1) // len(config.roles))
@@ -159,7 +158,7 @@ class Launcher:
         self._start(spec.name, self._forkserver, run_instance, spec)
         self._children[spec.name].spec = spec
 
-    def _start(self, name: str, context: Any, target: Callable[..., None], *args: Any) -> None:
+    def _start(self, name: str, context: Any, target: Callable[..., object], *args: Any) -> None:
         run_folder = str(self._run_folder) if name == CONTROLLER else None
         process = context.Process(target=_child_main, args=(run_folder, target, args), name=f"flowkv {name}")
         process.start()
@@ -269,7 +268,7 @@ def _stop_signals() -> Iterator[None]:
     yield
 
 
-def _child_main(run_folder: str | None, target: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _child_main(run_folder: str | None, target: Callable[..., object], args: tuple[Any, ...]) -> None:
     """First thing in every child. Ctrl-C reaches the whole process group, so only the launcher heeds it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(0))

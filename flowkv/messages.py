@@ -242,7 +242,29 @@ class StartFailed(Message):
 
 
 AnyMessage = (
-    FrontendHello | Submit | Abort | PeerInfo | Register | StepSample | LoadReport | InstanceExited | Dispatch | PeerUp
-    | PeerDown | Reserve | Reserved | Refused | KvReady | Release | Cancel | CancelAck | Accepted
-    | Rejected | Outputs | ClusterStatus | Progress | Ready | StartFailed
+    FrontendHello
+    | Submit
+    | Abort
+    | PeerInfo
+    | Register
+    | StepSample
+    | LoadReport
+    | InstanceExited
+    | Dispatch
+    | PeerUp
+    | PeerDown
+    | Reserve
+    | Reserved
+    | Refused
+    | KvReady
+    | Release
+    | Cancel
+    | CancelAck
+    | Accepted
+    | Rejected
+    | Outputs
+    | ClusterStatus
+    | Progress
+    | Ready
+    | StartFailed
 )

@@ -12,7 +12,7 @@ import zmq
 import zmq.asyncio
 
 from flowkv.errors import ConfigError, ProtocolError
-from flowkv.messages import AnyMessage
+from flowkv.messages import AnyMessage, Message
 
 MAX_IPC_PATH_BYTES = 107  # sun_path of Linux is 108 bytes, the closing zero included
 
@@ -23,7 +23,7 @@ _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessa
 SyncContext = zmq.Context[zmq.SyncSocket]
 
 
-def encode(message: AnyMessage) -> bytes:
+def encode(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
@@ -115,7 +115,7 @@ class Outbox:
         self._context = context
         self._sockets: dict[str, zmq.SyncSocket] = {}
 
-    def send(self, address: str, message: AnyMessage) -> None:
+    def send(self, address: str, message: Message) -> None:
         """Raises `ConfigError` for an `ipc://` path that is too long."""
         socket = self._sockets.get(address) or self._connect(address)
         socket.send(encode(message), zmq.NOBLOCK)

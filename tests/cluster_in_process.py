@@ -8,6 +8,7 @@ import random
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from flowkv.cluster.controller import Controller
 from flowkv.config import EngineConfig
@@ -161,16 +162,14 @@ class Cluster:
 
     def _possible(self) -> list[Callable[[], None]]:
         events: list[Callable[[], None]] = []
-        events += [lambda c=channel: self._deliver(c) for channel, queue in self.channels.items() if queue]
+        events += [partial(self._deliver, channel) for channel, queue in self.channels.items() if queue]
         for node in self.nodes.values():
             if node.writes:
-                events.append(lambda n=node: self._write(n))
+                events.append(partial(self._write, node))
             if node.transfer.has_completions:
-                events.append(lambda n=node: self._complete(n))
-            if node.batch is not None:
-                events.append(lambda n=node: self._end_step(n))
-            elif node.engine.has_work and (self._start_step(node)):
-                events.append(lambda n=node: self._end_step(n))
+                events.append(partial(self._complete, node))
+            if node.batch is not None or (node.engine.has_work and (self._start_step(node))):
+                events.append(partial(self._end_step, node))
         return events
 
     def _start_step(self, node: Node) -> bool:

@@ -1,7 +1,7 @@
 """Train the bundled model: python training/train.py  (resumes from training/checkpoint; about an hour on two cores).
 
-A small Llama (grouped-query attention) on Tiny Shakespeare, as plain text and as dialogue, mixed with the recall task of
-`flowkv.bundled.recall`. Sequences grow over the stages, so that the model first learns to look a fact up and then to
+A small Llama (grouped-query attention) on Tiny Shakespeare, as plain text and as dialogue, mixed with the recall task
+of `flowkv.bundled.recall`. Sequences grow over the stages, so that the model first learns to look a fact up and then to
 look it up from far away. Every batch is a function of (seed, step): a resumed run sees what an unbroken one would.
 """
 
@@ -50,8 +50,13 @@ def train_tokenizer(corpus: str) -> PreTrainedTokenizerFast:
     words += ["Recall\n", " =\n"]
     tokenizer.train_from_iterator([corpus, *(word * 3000 for word in words)], trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>", pad_token="<|end|>",
-        additional_special_tokens=SPECIAL[2:], clean_up_tokenization_spaces=False, model_max_length=2048,
+        tokenizer_object=tokenizer,
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
+        pad_token="<|end|>",
+        additional_special_tokens=SPECIAL[2:],
+        clean_up_tokenization_spaces=False,
+        model_max_length=2048,
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
@@ -59,10 +64,21 @@ def train_tokenizer(corpus: str) -> PreTrainedTokenizerFast:
 
 def model_config() -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA}, initializer_range=0.02, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1, rms_norm_eps=1e-5,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        initializer_range=0.02,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        rms_norm_eps=1e-5,
     )
 
 
@@ -237,9 +253,7 @@ def main() -> None:
         ids, weights = make_batch(corpus, args.seed, step, length)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(ids[:, :-1]).logits
-        losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
-        )
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
         wanted = weights[:, 1:].flatten()
         loss = (losses * wanted).sum() / wanted.sum()
         loss.backward()
@@ -253,8 +267,10 @@ def main() -> None:
         if step % 100 == 0:
             accuracy = {n: round(recall_accuracy(model, corpus, n), 3) for n in (256, 512, 1024, 1900)}
             print(f"        recall {json.dumps(accuracy)}", flush=True)
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                        "spent_s": spent_s}, state_file.with_suffix(".new"))
+            torch.save(
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent_s": spent_s},
+                state_file.with_suffix(".new"),
+            )
             state_file.with_suffix(".new").rename(state_file)
     save(model, tokenizer)
     print(f"wrote {MODEL_DIR}")

@@ -25,6 +25,7 @@ from flowkv.messages import (
 from flowkv.types import InstanceLoad, ModelInfo, Request
 
 _STATUS_INTERVAL_S = 0.25
+_MAX_SETTLED = 10_000
 
 
 @dataclass(slots=True)
@@ -50,6 +51,9 @@ class Controller:
         self._views: dict[str, InstanceView] = {}
         self._dead: set[str] = set()
         self._assignments: dict[str, Assignment] = {}
+        self._settled: dict[
+            str, None
+        ] = {}  # ids that ended lately, oldest first: a repeated `Submit` runs nothing twice
         self._model: ModelInfo | None = None
         self._was_complete = False
         self._status_due_s = 0.0
@@ -96,7 +100,7 @@ class Controller:
         if address is None:
             raise ProtocolError(f"frontend {message.frontend} submits before it has said hello")
         request = message.request
-        if request.request_id in self._assignments:
+        if request.request_id in self._assignments or request.request_id in self._settled:
             self._send(address, Accepted(request.request_id))
             return
         if not self._views:
@@ -124,8 +128,8 @@ class Controller:
     def _too_large(self, request: Request) -> Rejected:
         room = max(view.peer.num_blocks * view.block_size for view in self._views.values())
         text = (
-            f"prompt ({len(request.prompt_ids)} tokens) and max_tokens ({request.sampling.max_tokens}) together need more "
-            f"than the {room} tokens that the largest KV pool holds"
+            f"prompt ({len(request.prompt_ids)} tokens) and max_tokens ({request.sampling.max_tokens}) together need "
+            f"more than the {room} tokens that the largest KV pool holds"
         )
         return Rejected(request.request_id, 400, text, "context_length_exceeded", "max_tokens")
 
@@ -198,7 +202,11 @@ class Controller:
         self._settle(request_id)
 
     def _settle(self, request_id: str) -> None:
-        self._assignments.pop(request_id, None)
+        if self._assignments.pop(request_id, None) is None:
+            return
+        self._settled[request_id] = None
+        if len(self._settled) > _MAX_SETTLED:
+            del self._settled[next(iter(self._settled))]
         self._forget_expected(request_id)
 
     def _forget_expected(self, request_id: str) -> None:

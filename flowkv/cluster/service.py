@@ -30,8 +30,8 @@ def run_controller(name: str, address: str, launcher_address: str, num_instances
             for message in mailbox.receive_all():
                 _handle(controller, message)
             controller.tick(time.monotonic())
-            for to, message in controller.take_messages():
-                outbox.send(to, message)
+            for to, answer in controller.take_messages():
+                outbox.send(to, answer)
     finally:
         mailbox.close()
         outbox.close()

@@ -12,7 +12,7 @@ class BatchItem:
     """Compute positions `start` to `start + num_tokens` of a sequence, writing their KV through its block table.
 
     Where `draws` is not empty the last position's logits are drawn from, once for each choice named in it.
-    Where the request asks for prompt log probabilities, every position of the item whose next token is known yields one.
+    Where the request asks for prompt log probabilities, every position whose next token is of the prompt yields one.
     """
 
     sequence: Sequence

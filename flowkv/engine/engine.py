@@ -1,4 +1,4 @@
-"""One instance as a state machine: messages and the time go in, batches and effects come out. No I/O, no clock, no torch.
+"""One instance as a state machine: messages and the time go in, batches and effects come out. No I/O, no torch.
 
 A step is two calls: `next_batch` gives what to compute, `on_result` takes what came of it. In between, messages may be
 handled; blocks that the batch in flight writes are not given to anyone else before its result is in.
@@ -287,7 +287,7 @@ class Engine:
         self._limbo = waiting
 
     def _has_room(self, message: Reserve) -> bool:
-        """Whether a request may come here: room for its choices beside those running, and a block of growth for each."""
+        """Whether a request may come: room for its choices beside those running, and a block of growth for each."""
         n = message.request.sampling.n
         num_choices = len(self.scheduler.decoding) + self._receiver.num_choices + n
         needed = self.blocks.num_blocks_for(len(message.request.prompt_ids)) + num_choices
@@ -298,9 +298,9 @@ class Engine:
     def _break_standstill(self) -> None:
         """Prompts wait for blocks that only peers hold, who may be waiting for each other: let one of them go."""
         scheduler = self.scheduler
-        if scheduler.waiting and not (scheduler.prefilling or scheduler.decoding or self._limbo):
-            if not self._sender.num_sending:
-                self._receiver.revoke_youngest()
+        is_busy = scheduler.prefilling or scheduler.decoding or self._limbo or self._sender.num_sending
+        if scheduler.waiting and not is_busy:
+            self._receiver.revoke_youngest()
 
     # --- results ---------------------------------------------------------------------------------------------------
 
@@ -321,8 +321,10 @@ class Engine:
         if output.finish_reason is not None:
             self._retire(sequence)
 
-    def _apply_prefill(self, item: BatchItem, result: ItemResult, outputs: dict[str, list[Output]], now_s: float) -> None:
-        """A prompt (with the output of a preempted choice) is computed: its first tokens go out from here, whoever goes on."""
+    def _apply_prefill(
+        self, item: BatchItem, result: ItemResult, outputs: dict[str, list[Output]], now_s: float
+    ) -> None:
+        """A prompt (and what a preempted choice had put out) is computed: the next tokens go out from here."""
         sequence = item.sequence
         choices: dict[int, list[int]] = {}
         mine = outputs.setdefault(sequence.frontend_address, [])

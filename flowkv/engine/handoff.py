@@ -326,7 +326,9 @@ class HandoffReceiver:
             return
         self._last_attempt[message.source] = message.attempt
         request_id = message.request.request_id
-        table = self._blocks.allocate(self._blocks.num_blocks_for(len(message.request.prompt_ids))) if has_room else None
+        table = (
+            self._blocks.allocate(self._blocks.num_blocks_for(len(message.request.prompt_ids))) if has_room else None
+        )
         if table is None:
             self._send(message.source, Refused(self._name, request_id, message.attempt))
             return

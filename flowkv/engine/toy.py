@@ -48,7 +48,9 @@ class ToyRunner:
         self._write(token_ids, item.start, sequence.block_table)
         state = self._read(item.stop, sequence.block_table) if item.draws else 0
         sampling = sequence.request.sampling
-        draws = [self._draw(state, sampling, choice, len(sequence.output_ids), sequence.output_ids) for choice in item.draws]
+        draws = [
+            self._draw(state, sampling, choice, len(sequence.output_ids), sequence.output_ids) for choice in item.draws
+        ]
         return ItemResult(draws, self._prompt_logprobs(item))
 
     def _write(self, token_ids: list[int], start: int, block_table: list[int]) -> None:

@@ -29,8 +29,8 @@ class KvPool:
         available = available_memory_bytes()
         if num_bytes > available:
             raise PoolError(
-                f"a KV pool of {num_bytes / 2**20:.0f} MiB does not fit into {available / 2**20:.0f} MiB of free memory; "
-                "set a smaller engine.kv_memory"
+                f"a KV pool of {num_bytes / 2**20:.0f} MiB does not fit into {available / 2**20:.0f} MiB of free "
+                "memory; set a smaller engine.kv_memory"
             )
         fd = os.memfd_create("flowkv-pool", os.MFD_CLOEXEC)
         os.ftruncate(fd, num_bytes)

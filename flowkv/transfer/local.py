@@ -28,7 +28,7 @@ class LocalTransfer:
         self._peers.pop(peer, None)
 
     def submit(self, ticket: int, peer: str, runs: Sequence[Run], immediate: int) -> None:
-        num_blocks = sum(run.count for run in runs)
+        num_blocks = sum(run.num_blocks for run in runs)
         if (target := self._peers.get(peer)) is not None:
             for src, dst, count in runs:
                 size = self._block_bytes

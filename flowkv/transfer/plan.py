@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 
 class Run(NamedTuple):
-    """Blocks consecutive on both sides: `count` of them from `src_block` on go to `dst_block` on."""
+    """Blocks consecutive on both sides: `num_blocks` of them from `src_block` on go to `dst_block` on."""
 
     src_block: int
     dst_block: int
-    count: int
+    num_blocks: int
 
 
 def plan_runs(src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> list[Run]:

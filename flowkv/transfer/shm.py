@@ -4,6 +4,7 @@ Each pair of instances has one connection (Unix, SEQPACKET), made by the writer.
 first; then a small packet for every write that has been made. The end of the connection is the end of the peer.
 """
 
+import contextlib
 import os
 import queue
 import socket
@@ -73,7 +74,7 @@ class _Link:
         size = self._block_bytes
         for src, dst, count in runs:
             np.copyto(self._target[dst * size : (dst + count) * size], self._source[src * size : (src + count) * size])
-        return sum(run.count for run in runs)
+        return sum(run.num_blocks for run in runs)
 
     def _announce(self, immediate: int, num_blocks: int) -> None:
         try:
@@ -114,10 +115,8 @@ class ShmTransfer:
 
     def poll(self) -> tuple[list[Written], list[Arrived]]:
         written: list[Written] = []
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake_fd)
-        except BlockingIOError:
-            pass
         while not self._done.empty():
             written.append(self._done.get())
         arrived: list[Arrived] = []

@@ -39,11 +39,8 @@ class Server:
 
     def processes(self) -> list[int]:
         """Ids of every living process of this server's session, the launcher included."""
-        pids = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and _session_and_state(entry) == (self.process.pid, True):
-                pids.append(int(entry.name))
-        return pids
+        entries = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        return [int(entry.name) for entry in entries if _session_and_state(entry) == (self.process.pid, True)]
 
     def pid_of(self, name: str) -> int:
         """The process of an instance, found by the mailbox it has bound."""
@@ -125,5 +122,5 @@ def _owns_socket(pid: int, path_end: str) -> bool:
         for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]
         if line.endswith(path_end)
     }
-    links = (os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink())
+    links = (str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink())
     return any(link.removeprefix("socket:[").removesuffix("]") in inodes for link in links)

@@ -12,11 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.cluster_in_process import Cluster
-from tests.e2e.server import Server, eventually, run_folders, serving
-
 from flowkv.config import EngineConfig
 from flowkv.types import Role
+from tests.cluster_in_process import Cluster
+from tests.e2e.server import Server, eventually, run_folders, serving
 
 CHECKED = ("--toy", "--set", "engine.check_integrity=true")
 SMALL = ("--set", "engine.max_batch_tokens=64", "--kv-memory", "48KiB")  # 1,024 tokens a pool: blocks do run out

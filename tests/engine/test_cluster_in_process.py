@@ -1,4 +1,4 @@
-"""The engines and the controller together, over ToyRunner: any interleaving gives the same tokens and leaves no block behind."""
+"""Engines and controller together, over ToyRunner: any interleaving gives the same tokens and leaves no block behind."""
 
 import random
 

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,7 @@ def test_two_maps_of_one_pool_share_its_bytes() -> None:
 
 def test_a_pool_has_no_name_in_the_file_system() -> None:
     pool = KvPool.create(1, 4096)
-    assert "(deleted)" in os.readlink(f"/proc/self/fd/{pool.fd}")
+    assert "(deleted)" in str(Path(f"/proc/self/fd/{pool.fd}").readlink())
     pool.close()
 
 

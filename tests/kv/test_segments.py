@@ -1,3 +1,4 @@
+import itertools
 import random
 
 from hypothesis import given
@@ -66,7 +67,7 @@ def test_allocate_takes_no_more_segments_than_it_must(sizes: list[int], rng: ran
             assert sum(lengths) < size
             continue
         held.append(blocks)
-        pieces = 1 + sum(b != a + 1 for a, b in zip(blocks, blocks[1:], strict=False))
+        pieces = 1 + sum(b != a + 1 for a, b in itertools.pairwise(blocks))
         fewest = next(k for k in range(1, len(lengths) + 1) if sum(lengths[:k]) >= size)
         assert pieces <= fewest
 

@@ -129,7 +129,11 @@ def test_penalties_follow_the_formula(
             expected[token_id] *= 1 / repetition if expected[token_id] > 0 else repetition
         if token_id in output_ids:
             expected[token_id] -= presence + frequency * output_ids.count(token_id)
-    penalties: dict[str, Any] = {"repetition_penalty": repetition, "presence_penalty": presence, "frequency_penalty": frequency}
+    penalties: dict[str, Any] = {
+        "repetition_penalty": repetition,
+        "presence_penalty": presence,
+        "frequency_penalty": frequency,
+    }
     found = adjusted(logits, [spec(prompt_ids=prompt_ids, output_ids=output_ids, **penalties)])
     assert found[0].tolist() == pytest.approx(expected, abs=1e-4)
     assert torch.equal(logits, logits_of(seed))

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,8 +29,8 @@ block_lists = st.integers(0, 30).flatmap(
 def test_runs_cover_the_lists_in_order_and_cannot_be_fewer(lists: tuple[list[int], list[int]]) -> None:
     src, dst = lists
     runs = plan_runs(src, dst)
-    covered = [(run.src_block + i, run.dst_block + i) for run in runs for i in range(run.count)]
+    covered = [(run.src_block + i, run.dst_block + i) for run in runs for i in range(run.num_blocks)]
     assert covered == list(zip(src, dst, strict=True))
-    for before, after in zip(runs, runs[1:], strict=False):
-        joins_src = before.src_block + before.count == after.src_block
-        assert not (joins_src and before.dst_block + before.count == after.dst_block)
+    for before, after in itertools.pairwise(runs):
+        joins_src = before.src_block + before.num_blocks == after.src_block
+        assert not (joins_src and before.dst_block + before.num_blocks == after.dst_block)
