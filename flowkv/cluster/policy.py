@@ -1,4 +1,4 @@
-"""Scores of instances for a request, the lower the better. A new policy is one function here, one line in the scheduler."""
+"""Scores of instances for a request, the lower the better. A new policy: a function here, a line in the scheduler."""
 
 from flowkv.cluster.load import InstanceView
 from flowkv.types import Request

@@ -11,7 +11,7 @@ from flowkv.types import Role
 
 
 class HybridScheduler:
-    """FlowKV's hybrid scheduler (section on load-aware scheduling): both phases on every instance, the role says which first.
+    """FlowKV's hybrid scheduler (section on load-aware scheduling): both phases everywhere, the role says which first.
 
     Every running decode is in every step. Prompts are computed in chunks that share what is left of the role's
     prefill budget, oldest first; a prompt gets all of its blocks when it starts, so it lies in as few segments as

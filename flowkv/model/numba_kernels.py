@@ -200,7 +200,7 @@ def exp_nonpositive(x: Any) -> Any:
     2^(n + f), with the Taylor polynomial of 2^f for |f| <= 1/2; below 2^-126 it is 0.
     """
     scaled = x * LOG2_E
-    scaled = np.float32(-127.0) if scaled < np.float32(-127.0) else scaled  # max() would lose a NaN
+    scaled = np.float32(-127.0) if scaled < np.float32(-127.0) else scaled  # a NaN stays one
     whole = np.floor(scaled + np.float32(0.5))
     f = scaled - whole
     p = np.float32(1.5403530e-4)

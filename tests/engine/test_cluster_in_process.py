@@ -1,4 +1,4 @@
-"""Engines and controller together, over ToyRunner: any interleaving gives the same tokens and leaves no block behind."""
+"""Engines and controller over ToyRunner: any interleaving gives the same tokens and leaves no block behind."""
 
 import random
 

@@ -85,6 +85,12 @@ def test_the_support_is_what_top_k_top_p_and_min_p_leave(seed: int, chosen: dict
     assert kept == expected
 
 
+def test_top_p_counts_what_top_k_left_as_the_whole() -> None:
+    probabilities = torch.tensor([[0.2, 0.4, 0.1, 0.3]]).double()
+    assert keep(probabilities, [spec(top_k=2, top_p=0.5)]).nonzero().tolist() == [[0, 1]]
+    assert keep(probabilities, [spec(top_p=0.5)]).nonzero().tolist() == [[0, 1], [0, 3]]
+
+
 def test_many_draws_have_the_model_s_distribution() -> None:
     """Chi-square over 20,000 draws of as many seeds; the same draws in every run."""
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5]])

@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flowkv.config import ClusterConfig, EngineConfig, load_config, parse_bytes
+from flowkv.errors import ConfigError
+from flowkv.types import Role
+
+
+def test_file_then_options_then_dotted_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('prefill = 2\ndtype = "float16"\n[engine]\nblock_size = 32\nmax_choices = 7\n')
+    config = load_config(path, {"dtype": "float32", "server.port": 9}, ["engine.block_size=64", "model_name=x y"])
+    assert config.prefill == 2 and config.decode == 1
+    assert config.dtype == "float32" and config.server.port == 9
+    assert config.engine == EngineConfig(block_size=64, max_choices=7)
+    assert config.model_name == "x y"
+
+
+def test_mixed_alone_means_no_prefill_and_decode_instances() -> None:
+    assert load_config(None, {"mixed": 2}).roles == [Role.MIXED] * 2
+    assert load_config(None, {"mixed": 1, "decode": 1}).roles == [Role.PREFILL, Role.DECODE, Role.MIXED]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dotted", "word"),
+    [
+        ({}, ["engine.blok_size=16"], "blok_size"),
+        ({}, ["engine.block_size=17"], "power of two"),
+        ({}, ["engine.block_size=many"], "engine.block_size"),
+        ({}, ["prefill.x=1"], "prefill"),
+        ({}, ["nonsense"], "KEY=VALUE"),
+        ({"prefill": 0, "decode": 0}, [], "at least one instance"),
+        ({"dtype": "int8"}, [], "bfloat16"),
+        ({"server.port": 70000}, [], "65535"),
+        ({"engine.kv_memory": "lots"}, [], "512MiB"),
+    ],
+)
+def test_what_cannot_be_is_named(overrides: dict[str, object], dotted: list[str], word: str) -> None:
+    if "prefill.x=1" in dotted:
+        overrides = {"prefill": 1}
+    with pytest.raises(ConfigError, match=word):
+        load_config(None, overrides, dotted)
+
+
+def test_a_file_that_is_missing_or_broken_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no configuration file"):
+        load_config(tmp_path / "none.toml", {})
+    broken = tmp_path / "broken.toml"
+    broken.write_text("a = = 1")
+    with pytest.raises(ConfigError, match=r"broken\.toml"):
+        load_config(broken, {})
+
+
+def test_sizes() -> None:
+    assert parse_bytes("auto") is None
+    assert parse_bytes("512MiB") == 512 * 2**20
+    assert parse_bytes("1.5GiB") == 3 * 2**29
+    assert parse_bytes("1000") == 1000
+
+
+@given(st.text())
+def test_a_size_is_a_positive_number_or_an_error(text: str) -> None:
+    try:
+        num_bytes = parse_bytes(text)
+    except ValueError:
+        return
+    assert num_bytes is None or num_bytes > 0
+
+
+def test_running_decodes_shrink_the_prefill_budget_by_role() -> None:
+    engine = EngineConfig(max_batch_tokens=512)
+    assert [engine.prefill_budget(role, 1) for role in (Role.PREFILL, Role.MIXED, Role.DECODE)] == [512, 256, 128]
+    assert {engine.prefill_budget(role, 0) for role in Role} == {512}
+    assert ClusterConfig().engine == EngineConfig()
