@@ -1,9 +1,9 @@
 """How fast one mixed instance decodes a batch, beside `transformers`' own continuous batching (`generate_batch`).
 
-Both keep the same model in a process of their own, with one thread, and take turns round by round. A round is a batch of
-prompts sent at once. The figure is output tokens a second while the batch is full: from the moment every choice has its
-first token to the moment the first one ends, so that prefill and set-up count on neither side. FlowKV is measured
-through HTTP, at the client. What its steps spend beside the forward pass and sampling is read from `/metrics`.
+Both keep the same model in a process of their own, with one thread, and take turns round by round. A round is a batch
+of prompts sent at once. The figure is output tokens a second while the batch is full: from the moment every choice has
+its first token to the moment the first one ends, so that prefill and set-up count on neither side. FlowKV is measured
+through HTTP, at the client. What its steps spend beside forward pass and sampling is read from `/metrics`.
 """
 
 import argparse
@@ -83,12 +83,12 @@ def transformers_side(model_folder: Path, dtype: str) -> None:
     from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype, attn_implementation="sdpa")
     print("ready", flush=True)
     for line in sys.stdin:
         order = json.loads(line)
         load = Load(**order["load"])
-        generation = GenerationConfig(
+        generation = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=load.output_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
         )  # fmt: skip
         batching = ContinuousBatchingConfig(
@@ -101,7 +101,7 @@ def transformers_side(model_folder: Path, dtype: str) -> None:
         outputs = model.generate_batch(
             load.prompts(order["seed"]), generation, batching, record_timestamps=True, warmup=False
         )  # fmt: skip
-        times_s = [output.timestamps for output in outputs.values()]
+        times_s = [output.timestamps or [] for output in outputs.values()]
         if any(len(output.generated_tokens) != load.output_tokens for output in outputs.values()):
             raise BenchmarkError("generate_batch did not make as many tokens as asked for")
         print(json.dumps(asdict(rates(times_s, started_s))), flush=True)

@@ -74,7 +74,7 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     engine.add_argument("--dtype", choices=DTYPES, help="of weights and KV (default: auto, the model's own)")
     engine.add_argument("--kv-memory", metavar="SIZE", help="KV pool of one instance, such as 512MiB (default: auto)")
     engine.add_argument(
-        "--threads", type=int, metavar="N", help="threads of one instance (default: its share of the cores)"
+        "--threads", type=int, metavar="N", help="threads of one instance (default: its share of the cores but one)"
     )
     server = serve.add_argument_group("server")
     server.add_argument("--host", help=f"address to listen on (default: {defaults.server.host})")

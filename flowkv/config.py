@@ -20,7 +20,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_memory: str = "auto"  # of one pool: "512MiB", "4GiB", a number of bytes, or "auto"
     max_batch_tokens: int = 512  # prompt tokens computed in one step, at most
     max_choices: int = 256  # decoded at once
-    threads: int = 0  # 0: the cores there are, shared out between the instances
+    threads: int = 0  # 0: the cores there are but one, shared out between the instances
     check_integrity: bool = False  # after every step, that each block has exactly the holders it should; for tests
 
     def __post_init__(self) -> None:

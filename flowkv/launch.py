@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
@@ -125,7 +126,8 @@ class Launcher:
         self._start(FRONTEND, self._light, run_frontend, *listen, *addresses, FRONTEND, *model)
         while not self._children[FRONTEND].is_ready:
             self._wait()
-        threads = config.engine.threads or max(1, (os.cpu_count() or 1) // len(config.roles))
+        cores = len(os.sched_getaffinity(0))
+        threads = config.engine.threads or max(1, (cores - 1) // len(config.roles))  # a core is left for everyone else
         counts: dict[str, int] = {}
         for role in config.roles:
             index = counts[role] = counts.get(role, -1) + 1
@@ -233,6 +235,9 @@ class Launcher:
             if child.process.exitcode is None:
                 child.process.kill()
                 child.process.join()
+        # Both would end by themselves a while after this process; nobody should find them still there.
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
+        resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
 
 
 def resolve_model(config: ClusterConfig) -> Path | None:

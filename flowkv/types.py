@@ -4,6 +4,8 @@ from enum import StrEnum
 
 import msgspec
 
+NO_TOKEN = -1  # what is drawn from logits that are not numbers
+
 
 class Role(StrEnum):
     """An instance's preferred phase. It sets the order and the prefill budget of a step, never exclusion."""

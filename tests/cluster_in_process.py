@@ -44,21 +44,30 @@ class Answer:
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
+    num_tokens: int | None = None  # known once it has finished
     instances: list[str] = field(default_factory=list)
 
     @property
     def ids(self) -> list[int]:
-        assert sorted(self.tokens) == list(range(len(self.tokens))), "a gap in the stream"
+        assert sorted(self.tokens) == list(range(self.num_tokens or 0)), "a gap in the stream"
         return [self.tokens[i] for i in sorted(self.tokens)]
 
-    def add(self, instance: str, output: Output) -> None:
-        assert self.finish_reason is None, "tokens after the end"
+    def add(self, instance: str, output: Output, may_repeat: bool) -> None:
+        """Outputs of two instances may come in any order; their indices tell the real one.
+
+        Only what a dead instance had put out before its hand-over was known may come again, and then the same.
+        """
         for i, token_id in enumerate(output.token_ids):
-            assert output.index + i not in self.tokens, "a token came twice"
+            known = self.tokens.get(output.index + i)
+            assert known is None or (may_repeat and known == token_id), "a token came twice"
             self.tokens[output.index + i] = token_id
             self.instances.append(instance)
             if output.logprobs is not None:
                 self.logprobs[output.index + i] = output.logprobs[i]
+        if output.finish_reason is not None:
+            assert self.finish_reason in ({None, output.finish_reason} if may_repeat else {None}), "it ends twice"
+            self.finish_reason, self.num_tokens = output.finish_reason, output.index + len(output.token_ids)
+        assert self.num_tokens is None or max(self.tokens, default=-1) < self.num_tokens, "tokens after the end"
         self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
 
 
@@ -90,6 +99,7 @@ class Cluster:
         seed: int | None = None,
         layout: KvLayout | None = None,
         make_runner: RunnerFactory = ToyRunner,
+        settled: bool = True,
     ) -> None:
         self.config = config or EngineConfig(block_size=4, max_batch_tokens=16, max_choices=8)
         self.random = None if seed is None else random.Random(seed)
@@ -102,14 +112,15 @@ class Cluster:
         self.answers: dict[tuple[str, int], Answer] = defaultdict(Answer)
         self.rejected: dict[str, Rejected] = {}
         self.accepted: set[str] = set()
-        self.num_sent = 0
+        self.has_killed = False
         self._post(FRONTEND, CONTROLLER, FrontendHello(FRONTEND, FRONTEND))
         for i, role in enumerate(roles):
             node = Node(f"{role}-{i}", role, self.config, num_blocks, network, layout, make_runner)
             self.nodes[node.name] = node
             model = ModelInfo(name="toy", dtype="toy", vocab_size=256, max_model_tokens=4096)
             self._post(node.name, CONTROLLER, Register(node.peer, role, model, self.config.block_size))
-        self.run()
+        if settled:
+            self.run()
 
     # --- from outside ----------------------------------------------------------------------------------------------
 
@@ -124,6 +135,7 @@ class Cluster:
     def kill(self, name: str) -> None:
         """As a process dies: what it has sent still arrives, what it was sent does not."""
         del self.nodes[name]
+        self.has_killed = True
         for sender, receiver in list(self.channels):
             if receiver == name:
                 del self.channels[sender, receiver]
@@ -204,9 +216,7 @@ class Cluster:
                 self.rejected[message.request_id] = message
             case Outputs():
                 for output in message.outputs:
-                    self.answers[output.request_id, output.choice].add(message.instance, output)
-                    if output.finish_reason is not None:
-                        self.answers[output.request_id, output.choice].finish_reason = output.finish_reason
+                    self.answers[output.request_id, output.choice].add(message.instance, output, self.has_killed)
             case _:
                 pass
 
@@ -217,9 +227,9 @@ class Cluster:
     def _complete(self, node: Node) -> None:
         written, arrived = node.transfer.poll()
         for completion in written:
-            node.engine.on_written(completion.ticket, completion.num_bytes, completion.seconds, self.now_s)
+            node.engine.on_written(completion)
         for arrival in arrived:
-            node.engine.on_arrived(arrival.immediate, arrival.num_blocks, self.now_s)
+            node.engine.on_arrived(arrival, self.now_s)
         self._carry_out(node)
 
     def _carry_out(self, node: Node) -> None:
@@ -239,6 +249,5 @@ class Cluster:
                 node.transfer.disconnect(effect.peer)
 
     def _post(self, sender: str, receiver: str, message: Message) -> None:
-        self.num_sent += 1
         if receiver in self.nodes or receiver in (CONTROLLER, FRONTEND):
             self.channels[sender, receiver].append(message)

@@ -40,6 +40,8 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
+    """`token_id` is NO_TOKEN where the logits were not numbers."""
+
     token_id: int
     logprobs: TokenLogprobs | None = None
 

@@ -10,6 +10,7 @@ from flowkv.config import EngineConfig
 from flowkv.engine.batch import Batch, BatchItem, BatchResult, ItemResult
 from flowkv.engine.effects import Connect, Disconnect, Effect, Send
 from flowkv.engine.handoff import HandoffReceiver, HandoffSender, Incoming
+from flowkv.engine.peers import PeerAddresses
 from flowkv.engine.report import Reporter
 from flowkv.engine.scheduler import HybridScheduler
 from flowkv.engine.sequence import Sequence
@@ -30,7 +31,8 @@ from flowkv.messages import (
     Reserve,
     Reserved,
 )
-from flowkv.types import FinishReason, InstanceCounters, InstanceLoad, Output, Role, TokenLogprobs
+from flowkv.transfer.base import Arrived, Written
+from flowkv.types import NO_TOKEN, FinishReason, InstanceCounters, InstanceLoad, Output, Role, TokenLogprobs
 
 
 class Engine:
@@ -42,7 +44,7 @@ class Engine:
         self.scheduler = HybridScheduler(config, self.blocks, role)
         self._config = config
         self._effects: list[Effect] = []
-        self._peer_address: dict[str, str] = {}
+        self._peers = PeerAddresses()
         self._sequences: dict[str, list[Sequence]] = {}  # in the scheduler's queues, by request
         self._arrivals = count()
         self._batch_ids = count(1)
@@ -84,18 +86,18 @@ class Engine:
                 raise ProtocolError(f"an instance does not take a {type(message).__name__}")
         self._report(now_s)
 
-    def on_written(self, ticket: int, num_bytes: int, seconds: float, now_s: float) -> None:
+    def on_written(self, written: Written) -> None:
         """A `Write` effect is done: its source blocks are no longer read."""
-        self._sender.on_written(ticket, num_bytes, seconds, now_s)
+        self._sender.on_written(written)
         self._sweep()
 
     def on_unreachable(self, peer: str) -> None:
         """A `Connect` effect failed: nothing can be written to that peer."""
         self._sender.on_peer_down(peer)
 
-    def on_arrived(self, immediate: int, num_blocks: int, now_s: float) -> None:
+    def on_arrived(self, arrived: Arrived, now_s: float) -> None:
         """A peer has written blocks into this instance's pool."""
-        self._receiver.on_arrived(immediate, num_blocks)
+        self._receiver.on_arrived(arrived)
         self._report(now_s)
 
     def next_batch(self, now_s: float) -> Batch | None:
@@ -219,12 +221,12 @@ class Engine:
             self._sweep()
 
     def _on_peer_up(self, message: PeerUp) -> None:
-        self._peer_address[message.peer.instance] = message.peer.address
         self._sender.reachable.add(message.peer.instance)
         self._effects.append(Connect(message.peer))
+        self._effects += self._peers.up(message.peer.instance, message.peer.address)
 
     def _on_peer_down(self, message: PeerDown) -> None:
-        self._peer_address.pop(message.instance, None)
+        self._peers.down(message.instance)
         self._effects.append(Disconnect(message.instance))
         self._sender.on_peer_down(message.instance)
         self._receiver.on_peer_down(message.instance)
@@ -358,6 +360,10 @@ class Engine:
         draw = result.draws[draw_index]
         sampling = sequence.request.sampling
         index = len(output_ids)
+        if draw.token_id == NO_TOKEN:
+            text = "the model's logits were NaN or infinite"
+            request_id = sequence.request.request_id
+            return Output(request_id, choice, sequence.attempt, index, [], FinishReason.ERROR, error=text)
         output_ids.append(draw.token_id)
         finish_reason, stop_token_id = None, None
         if draw.token_id in sampling.stop_token_ids:
@@ -391,9 +397,7 @@ class Engine:
         self._effects.append(effect)
 
     def _send_peer(self, instance: str, message: Message) -> None:
-        """To a peer that is up; what goes to one that is down is settled by its `PeerDown`."""
-        if (address := self._peer_address.get(instance)) is not None:
-            self._effects.append(Send(address, message))
+        self._effects += self._peers.send(instance, message)
 
     def _report(self, now_s: float) -> None:
         report = self._reporter.report(now_s, lambda: self.load, lambda: self.counters)

@@ -22,6 +22,7 @@ from flowkv.engine.effects import Write
 from flowkv.engine.sequence import Sequence
 from flowkv.kv.blocks import BlockManager
 from flowkv.messages import Cancel, CancelAck, KvReady, Message, Refused, Release, Reserve, Reserved
+from flowkv.transfer.base import Arrived, Written
 from flowkv.transfer.plan import plan_runs
 
 SendTo = Callable[[str, Message], None]  # (instance name, message)
@@ -147,8 +148,12 @@ class HandoffSender:
     def drop_choice(self, request_id: str, choice: int) -> Sequence | None:
         """Forget one choice; the sequence, if it was the last one held here."""
         outgoing = self._outgoing.get(request_id)
-        if outgoing is None or not outgoing.choices or outgoing.transfer is None or outgoing.transfer.is_announced:
+        if outgoing is None:
             return None
+        if outgoing.sequence.request.sampling.n == 1:
+            return self.give_up(request_id)
+        if not outgoing.choices or outgoing.transfer is None or outgoing.transfer.is_announced:
+            return None  # nothing is out yet, or the peer, who hears of it too, has the say
         outgoing.choices.pop(choice, None)
         return None if outgoing.choices else self.give_up(request_id)
 
@@ -183,16 +188,17 @@ class HandoffSender:
             del self._transfers[message.attempt]
         return self._outgoing.pop(message.request_id).sequence
 
-    def on_written(self, ticket: int, num_bytes: int, seconds: float, now_s: float) -> None:
-        transfer, outgoing = self._by_ticket.pop(ticket)
-        transfer.in_flight.remove(ticket)
+    def on_written(self, written: Written) -> None:
+        transfer, outgoing = self._by_ticket.pop(written.ticket)
+        transfer.in_flight.remove(written.ticket)
         remaining = self._num_in_flight.pop(transfer.request_id) - 1
         if remaining:
             self._num_in_flight[transfer.request_id] = remaining
-        self.counters.num_bytes += num_bytes
-        self.counters.seconds += seconds
+        self.counters.num_bytes += written.num_bytes
+        self.counters.seconds += written.seconds
         if outgoing.choices is not None:
-            self.counters.exposed_seconds += min(seconds, max(0.0, now_s - outgoing.prefilled_s))
+            after_prefill_s = max(0.0, written.finished_s - outgoing.prefilled_s)
+            self.counters.exposed_seconds += min(written.seconds, after_prefill_s)
         if transfer.is_closing and not transfer.in_flight:
             self._acknowledge(transfer)
 
@@ -305,6 +311,9 @@ class HandoffReceiver:
         self._incoming: dict[tuple[str, int], Incoming] = {}
         self._by_immediate: dict[int, Incoming] = {}
         self._last_attempt: dict[str, int] = {}  # by source
+        self._dead: set[str] = (
+            set()
+        )  # what they sent last may come after the news of their death; names are never reused
         self._immediates = count(1)
 
     @property
@@ -322,7 +331,7 @@ class HandoffReceiver:
 
     def on_reserve(self, message: Reserve, has_room: bool) -> None:
         """Allocate and answer. `has_room` is the scheduler's word beyond the mere number of free blocks."""
-        if message.attempt <= self._last_attempt.get(message.source, 0):
+        if message.source in self._dead or message.attempt <= self._last_attempt.get(message.source, 0):
             return
         self._last_attempt[message.source] = message.attempt
         request_id = message.request.request_id
@@ -337,10 +346,10 @@ class HandoffReceiver:
         answer = Reserved(self._name, request_id, message.attempt, incoming.immediate, list(table))
         self._send(message.source, answer)
 
-    def on_arrived(self, immediate: int, num_blocks: int) -> None:
+    def on_arrived(self, arrived: Arrived) -> None:
         """Immediates are never used twice, so a count for one that is gone is of no one's concern."""
-        if (incoming := self._by_immediate.get(immediate)) is not None:
-            incoming.num_arrived += num_blocks
+        if (incoming := self._by_immediate.get(arrived.immediate)) is not None:
+            incoming.num_arrived += arrived.num_blocks
             self._finish(incoming)
 
     def on_ready(self, message: KvReady) -> None:
@@ -356,6 +365,7 @@ class HandoffReceiver:
 
     def on_peer_down(self, source: str) -> None:
         """The writer is dead and writes no more: that is as good as its word."""
+        self._dead.add(source)
         self._last_attempt.pop(source, None)
         for incoming in [i for i in self._incoming.values() if i.reserve.source == source]:
             self._forget(incoming)

@@ -70,21 +70,22 @@ def run_instance(spec: InstanceSpec) -> None:
     context = SyncContext()
     outbox = Outbox(context)
     try:
-        _serve(spec, context, outbox)
-    except FlowKVError as error:
-        outbox.send(spec.launcher_address, StartFailed(spec.name, str(error)))
-        raise SystemExit(1) from None
+        instance = _start(spec, context, outbox)
+        try:
+            instance.run()
+        finally:
+            instance.close()
     finally:
         outbox.close()
         context.term()
 
 
-def _serve(spec: InstanceSpec, context: SyncContext, outbox: Outbox) -> None:
-    instance = _Instance(spec, context, outbox)
+def _start(spec: InstanceSpec, context: SyncContext, outbox: Outbox) -> "_Instance":
     try:
-        instance.run()
-    finally:
-        instance.close()
+        return _Instance(spec, context, outbox)
+    except FlowKVError as error:
+        outbox.send(spec.launcher_address, StartFailed(spec.name, str(error)))
+        raise SystemExit(1) from None
 
 
 class _Instance:
@@ -130,11 +131,10 @@ class _Instance:
         for message in self._mailbox.receive_all():
             self._engine.handle(message, time.monotonic())
         written, arrived = self._transfer.poll()
-        now_s = time.monotonic()
         for completion in written:
-            self._engine.on_written(completion.ticket, completion.num_bytes, completion.seconds, now_s)
+            self._engine.on_written(completion)
         for arrival in arrived:
-            self._engine.on_arrived(arrival.immediate, arrival.num_blocks, now_s)
+            self._engine.on_arrived(arrival, time.monotonic())
 
     def _carry_out(self) -> None:
         for effect in self._engine.take_effects():

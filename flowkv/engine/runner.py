@@ -37,7 +37,6 @@ class TorchRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> BatchResult:
-        """ModelError if the logits are not numbers."""
         started_s = time.perf_counter()
         self._copy_blocks(batch.copies)
         kept, places = needed_rows(batch.items)

@@ -132,6 +132,7 @@ class HybridScheduler:
         self.remove(sequence)
         self.blocks.free(sequence.block_table)
         sequence.num_computed = 0
+        sequence.prompt_logprobs = []
         self.num_preemptions += 1
         self.add(sequence)
 

@@ -34,7 +34,6 @@ class LoadedModel:
     head_dim: int
     vocab_size: int
     max_model_tokens: int
-    eos_token_ids: frozenset[int]
 
     def layout(self, block_size: int) -> KvLayout:
         return KvLayout(self.num_layers, self.num_kv_heads, self.head_dim, block_size, self.dtype)
@@ -66,7 +65,6 @@ def load_model(folder: Path, dtype: str, device: str = "cpu", on_progress: OnPro
         head_dim=geometry.head_dim,
         vocab_size=int(model.config.get_text_config().vocab_size),
         max_model_tokens=max_tokens,
-        eos_token_ids=eos_token_ids(model),
     )
 
 
@@ -150,11 +148,3 @@ class ReportedIteration:
         for index, element in enumerate(self._elements):
             self._report(WEIGHTS_FRACTION * index / len(self._elements), "loading weights")
             yield element
-
-
-def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    """The ids that end a sequence: those of generation_config.json, else of config.json."""
-    stated = getattr(model.generation_config, "eos_token_id", None)
-    if stated is None:
-        stated = model.config.get_text_config().eos_token_id
-    return frozenset() if stated is None else frozenset([stated] if isinstance(stated, int) else stated)

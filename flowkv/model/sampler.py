@@ -7,15 +7,17 @@ temperature, top-k, top-p, min-p, draw.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from flowkv.errors import ModelError
-from flowkv.types import SamplingParams, TokenLogprobs
+from flowkv.types import NO_TOKEN, SamplingParams, TokenLogprobs
 
 MASK_64 = (1 << 64) - 1
 LOWEST_TEMPERATURE = 1e-6  # below it, logits divided by it overflow
+
+
+Sample = tuple[int, TokenLogprobs | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,26 +41,23 @@ class DrawSpec:
         return params.is_greedy and not params.has_penalties and params.logprobs is None and not self.is_masked
 
 
-def sample(logits: torch.Tensor, specs: Sequence[DrawSpec]) -> list[tuple[int, TokenLogprobs | None]]:
+def sample(logits: torch.Tensor, specs: Sequence[DrawSpec]) -> list[Sample]:
     """One token, with log probabilities where they are asked for, for each spec.
 
-    logits [R, V], of any float type, as the model gave them. ModelError if a row that is drawn from has a NaN, or no
-    finite highest logit.
+    logits [R, V], of any float type, as the model gave them. NO_TOKEN for a spec whose row has a NaN, or no finite
+    highest logit: there is nothing to draw from, and the other rows are none the worse for it.
     """
     rows = [spec.row for spec in specs]
     raw = logits if rows == list(range(len(logits))) else logits[rows]
-    highest, best = raw.max(dim=-1)
-    require_finite(highest)
+    highest, best = raw.max(dim=-1)  # a NaN anywhere in a row is its highest
+    is_sound = torch.isfinite(highest)
+    if not bool(is_sound.all()):
+        samples = sample(torch.where(is_sound[:, None], raw, 0.0), [replace(s, row=i) for i, s in enumerate(specs)])
+        return [drawn if sound else (NO_TOKEN, None) for drawn, sound in zip(samples, is_sound.tolist(), strict=True)]
     if all(spec.is_plain for spec in specs):
         return [(token_id, None) for token_id in best.tolist()]
     token_ids = draw(adjusted(raw.float(), specs), specs)
     return list(zip(token_ids, drawn_logprobs(raw, token_ids, specs), strict=True))
-
-
-def require_finite(highest: torch.Tensor) -> None:
-    """`highest` of some rows of logits; a NaN anywhere in a row is its highest."""
-    if not bool(torch.isfinite(highest).all()):
-        raise ModelError("The model computed logits that are NaN or infinite: its weights may be damaged.")
 
 
 def adjusted(raw: torch.Tensor, specs: Sequence[DrawSpec]) -> torch.Tensor:
@@ -177,7 +176,6 @@ def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], num_top: Sequ
     """logits [R, V] as the model gave them: for row i the entry of `token_ids[i]` with its `num_top[i]` best."""
     if not token_ids:
         return []
-    require_finite(logits.amax(dim=-1))
     logprobs = logits.float().log_softmax(dim=-1)
     own = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()
     values, ids = logprobs.topk(min(max(num_top), logprobs.shape[-1]), dim=-1)

@@ -12,6 +12,9 @@ class Written(NamedTuple):
     ticket: int
     num_bytes: int
     seconds: float  # spent moving
+    finished_s: (
+        float  # when it was done, which is earlier than when `poll` reports it; on the clock of `time.monotonic`
+    )
 
 
 class Arrived(NamedTuple):

@@ -1,5 +1,6 @@
 """Pools in one process: the reference transport, for tests and for engines that share a process."""
 
+import time
 from collections.abc import Sequence
 
 from flowkv.errors import TransferError
@@ -34,7 +35,7 @@ class LocalTransfer:
                 size = self._block_bytes
                 target._buffer[dst * size : (dst + count) * size] = self._buffer[src * size : (src + count) * size]
             target._arrived.append(Arrived(immediate, num_blocks))
-        self._written.append(Written(ticket, num_blocks * self._block_bytes, 0.0))
+        self._written.append(Written(ticket, num_blocks * self._block_bytes, 0.0, time.monotonic()))
 
     @property
     def has_completions(self) -> bool:

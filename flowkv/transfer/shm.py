@@ -62,12 +62,12 @@ class _Link:
 
     def _run(self) -> None:
         while (submission := self._submissions.get()) is not None:
-            started_s = time.perf_counter()
+            started_s = time.monotonic()
             num_blocks = self._copy(submission.runs) if self._alive else 0
             if num_blocks:
                 self._announce(submission.immediate, num_blocks)
-            seconds = time.perf_counter() - started_s
-            self._done.put(Written(submission.ticket, num_blocks * self._block_bytes, seconds))
+            now_s = time.monotonic()
+            self._done.put(Written(submission.ticket, num_blocks * self._block_bytes, now_s - started_s, now_s))
             os.eventfd_write(self._wake_fd, 1)
 
     def _copy(self, runs: Sequence[Run]) -> int:
@@ -110,7 +110,7 @@ class ShmTransfer:
         if (link := self._links.get(peer)) is not None:
             link.submit(_Submission(ticket, runs, immediate))
         else:  # disconnected since: whoever watches processes has settled what was under way
-            self._done.put(Written(ticket, 0, 0.0))
+            self._done.put(Written(ticket, 0, 0.0, time.monotonic()))
             os.eventfd_write(self._wake_fd, 1)
 
     def poll(self) -> tuple[list[Written], list[Arrived]]:

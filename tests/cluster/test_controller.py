@@ -166,7 +166,7 @@ def test_an_instance_of_another_layout_or_model_is_refused_at_registration() -> 
     rig = Rig(Role.PREFILL)
     other = ModelInfo(name="other", dtype="float32", vocab_size=10, max_model_tokens=1000)
     for kwargs in ({"layout": "X"}, {"model": other}):
-        out = rig.register("decode-1", Role.DECODE, **kwargs)  # type: ignore[arg-type]
+        out = rig.register("decode-1", Role.DECODE, **kwargs)
         assert [type(message) for _, message in out] == [StartFailed]
 
 

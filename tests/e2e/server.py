@@ -91,8 +91,7 @@ def serving(*arguments: str) -> Iterator[Server]:
         if server.process.poll() is None:
             server.stop()
         server.wait()
-        # The helpers of multiprocessing end when they see that the launcher has: a moment after it.
-        eventually(lambda: server.processes() == [], "the server has left no process behind")
+        assert server.processes() == [], "the server has left processes behind"
 
 
 def eventually(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowkv.config import EngineConfig
-from flowkv.types import FinishReason, Role
+from flowkv.engine.batch import Batch, BatchResult, Draw, ItemResult
+from flowkv.engine.toy import ToyRunner
+from flowkv.types import NO_TOKEN, FinishReason, Role
 from tests.cluster_in_process import Cluster
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
@@ -119,6 +121,29 @@ def test_a_request_larger_than_every_pool_is_refused_and_names_the_limit() -> No
     cluster.check_at_rest()
 
 
+class Broken(ToyRunner):
+    """Its model gives no numbers for one request."""
+
+    def run(self, batch: Batch) -> BatchResult:
+        result = super().run(batch)
+        for i, item in enumerate(batch.items):
+            if item.sequence.request.request_id == "bad" and item.stop > 22:
+                result.items[i] = ItemResult([Draw(NO_TOKEN) for _ in item.draws])
+        return result
+
+
+def test_logits_that_are_no_numbers_end_one_request_and_no_other() -> None:
+    cluster = Cluster([P, D], make_runner=Broken)
+    cluster.submit("bad", prompt(0, 20), max_tokens=9, n=2)
+    cluster.submit("good", prompt(1, 20), max_tokens=9)
+    cluster.run()
+    for choice in range(2):
+        assert cluster.answers["bad", choice].finish_reason is FinishReason.ERROR
+        assert len(cluster.ids("bad", choice)) == 3
+    assert cluster.ids("good") == reference(prompt(1, 20), max_tokens=9)
+    cluster.check_at_rest()
+
+
 def test_preempted_requests_continue_with_the_same_tokens() -> None:
     cluster = Cluster([M], num_blocks=12)
     prompts = {f"r{i}": prompt(i, 8 + i) for i in range(4)}
@@ -147,7 +172,7 @@ roles = st.sampled_from([[P, D], [P, P, D], [P, D, D], [M], [M, M], [P, D, M]])
 shapes = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 12), st.integers(1, 3)), min_size=1, max_size=7)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(roles, shapes, st.integers(0, 10**6), st.integers(20, 60))
 def test_every_interleaving_gives_the_same_tokens_and_frees_every_block(
     roles: list[Role], shapes: list[tuple[int, int, int]], seed: int, num_blocks: int
@@ -166,7 +191,21 @@ def test_every_interleaving_gives_the_same_tokens_and_frees_every_block(
     cluster.check_at_rest()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from([[P, D], [P, P, D, D]]), st.integers(0, 10**6))
+def test_requests_may_come_while_instances_are_still_getting_to_know_each_other(roles: list[Role], seed: int) -> None:
+    cluster = Cluster(roles, seed=seed, settled=False)
+    for i in range(4):
+        cluster.submit(f"r{i}", prompt(i, 10), max_tokens=3)
+        for _ in range(6):
+            cluster.step()
+    cluster.run()
+    for i in range(4):
+        assert f"r{i}" in cluster.rejected or cluster.ids(f"r{i}") == reference(prompt(i, 10), max_tokens=3)
+    cluster.check_at_rest()
+
+
+@settings(max_examples=100, deadline=None)
 @given(roles, shapes, st.integers(0, 10**6), st.integers(20, 60), st.data())
 def test_aborts_at_any_moment_leave_no_block_behind(
     roles: list[Role], shapes: list[tuple[int, int, int]], seed: int, num_blocks: int, data: st.DataObject
@@ -182,7 +221,7 @@ def test_aborts_at_any_moment_leave_no_block_behind(
     cluster.check_at_rest()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.sampled_from([[P, P, D, D], [P, D, M], [M, M]]), shapes, st.integers(0, 10**6), st.data())
 def test_instances_killed_at_any_moment_leave_no_block_behind_on_the_others(
     roles: list[Role], shapes: list[tuple[int, int, int]], seed: int, data: st.DataObject

@@ -16,6 +16,7 @@ from flowkv.messages import (
     Reserve,
     Reserved,
 )
+from flowkv.transfer.base import Arrived, Written
 from flowkv.transfer.plan import Run
 from flowkv.types import Request, SamplingParams
 
@@ -51,7 +52,7 @@ class P:
         return self.sender.takes(self.sequence, {0: [9]}, 1.0)
 
     def written(self, write: Write) -> None:
-        self.sender.on_written(write.ticket, 1, 0.1, 1.0)
+        self.sender.on_written(Written(write.ticket, 1, 0.1, 1.0))
 
 
 def test_finished_chunks_are_sent_while_the_next_is_computed() -> None:
@@ -71,6 +72,18 @@ def test_finished_chunks_are_sent_while_the_next_is_computed() -> None:
         p.written(write)
     assert p.sender.on_release(Release("d0", "r", 1)) is p.sequence
     assert p.sender.is_idle
+
+
+def test_only_copying_after_the_last_chunk_is_exposed() -> None:
+    p = P(["d0"])
+    p.sender.on_reserved(Reserved("d0", "r", 1, 77, [0, 1, 2]))
+    p.compute(8)
+    p.sender.on_written(Written(p.writes[0].ticket, 100, seconds=0.3, finished_s=0.9))
+    p.finish()  # at 1.0 s
+    p.sender.on_written(Written(p.writes[1].ticket, 50, seconds=0.2, finished_s=1.1))
+    assert p.sender.counters.seconds == pytest.approx(0.5)
+    assert p.sender.counters.exposed_seconds == pytest.approx(0.1)
+    assert (p.sender.counters.num_bytes, p.sender.counters.num_calls) == (150, 2)
 
 
 def test_refused_by_one_it_asks_the_next_and_then_decodes_here() -> None:
@@ -156,9 +169,9 @@ def test_it_owns_the_request_when_every_block_is_counted_and_ready_is_there(read
     assert isinstance(reserved, Reserved) and len(reserved.block_ids) == 3
     if ready_first:
         d.receiver.on_ready(READY)
-    d.receiver.on_arrived(reserved.immediate, 2)
+    d.receiver.on_arrived(Arrived(reserved.immediate, 2))
     assert d.adopted == []
-    d.receiver.on_arrived(reserved.immediate, 1)
+    d.receiver.on_arrived(Arrived(reserved.immediate, 1))
     if not ready_first:
         assert d.adopted == []
         d.receiver.on_ready(READY)
@@ -178,7 +191,7 @@ def test_an_aborted_reservation_is_not_reused_before_the_writer_says_so() -> Non
     assert isinstance(reserved, Reserved)
     d.receiver.abort("r", None)
     assert d.sent[-1] == ("p", Cancel("d", "r", 1))
-    d.receiver.on_arrived(reserved.immediate, 3)
+    d.receiver.on_arrived(Arrived(reserved.immediate, 3))
     d.receiver.on_ready(READY)
     assert d.adopted == [] and d.blocks.num_free == 5
     d.receiver.on_cancel_ack(CancelAck("p", "r", 1))
@@ -208,6 +221,6 @@ def test_a_dropped_choice_is_not_taken_over() -> None:
     reserved = d.reserve()
     assert isinstance(reserved, Reserved)
     d.receiver.abort("r", 1)
-    d.receiver.on_arrived(reserved.immediate, 3)
+    d.receiver.on_arrived(Arrived(reserved.immediate, 3))
     d.receiver.on_ready(KvReady("p", "r", 1, 3, {0: [9], 1: [8]}))
     assert d.adopted[0].choices == {0: [9]}
