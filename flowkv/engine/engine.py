@@ -9,7 +9,8 @@ from itertools import count
 from flowkv.config import EngineConfig
 from flowkv.engine.batch import Batch, BatchItem, BatchResult, ItemResult
 from flowkv.engine.effects import Connect, Disconnect, Effect, Send
-from flowkv.engine.handoff import HandoffReceiver, HandoffSender, Incoming
+from flowkv.engine.handoff_receiver import HandoffReceiver, Incoming
+from flowkv.engine.handoff_sender import HandoffSender
 from flowkv.engine.peers import PeerAddresses
 from flowkv.engine.report import Reporter
 from flowkv.engine.scheduler import HybridScheduler

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from flowkv.engine.batch import Batch, BatchResult
 from flowkv.engine.effects import Send
-from flowkv.engine.handoff import TransferCounters
+from flowkv.engine.handoff_sender import TransferCounters
 from flowkv.messages import LoadReport, StepSample
 from flowkv.types import InstanceCounters, InstanceLoad
 

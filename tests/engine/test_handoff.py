@@ -3,7 +3,8 @@
 import pytest
 
 from flowkv.engine.effects import Write
-from flowkv.engine.handoff import HandoffReceiver, HandoffSender, Incoming
+from flowkv.engine.handoff_receiver import HandoffReceiver, Incoming
+from flowkv.engine.handoff_sender import HandoffSender
 from flowkv.engine.sequence import Sequence
 from flowkv.kv.blocks import BlockManager
 from flowkv.messages import (
