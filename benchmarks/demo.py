@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console, JustifyMethod
 from rich.table import Table
@@ -20,7 +21,7 @@ from rich.table import Table
 from benchmarks import BenchmarkError, scrape
 from benchmarks.client import Client
 from benchmarks.figures import Record, Slo, figures
-from benchmarks.report import ROOT, percentile
+from benchmarks.report import ROOT, percentile, write_report
 from benchmarks.spawn import ServerProcess, exit_on_sigterm
 from flowkv.bundled.recall import recall_task
 
@@ -91,12 +92,12 @@ def show_recall(console: Console, prompts: Sequence[Prompt], records: Sequence[R
             console.print(f"{prompt.shown:<18} {answer:<24.24} {verdict}", highlight=False, markup=False)
 
 
-def figure_rows(records: Sequence[Record], duration_s: float, counted: dict[str, float]) -> list[list[str]]:
+def figure_rows(
+    records: Sequence[Record], duration_s: float, summary: dict[str, Any], server: dict[str, float]
+) -> list[list[str]]:
     """The rows of the closing table. Raises BenchmarkError where no KV has crossed."""
-    server = scrape.server_figures(counted)
     if not server.get("transfers") or "transfer_bytes_per_s" not in server:
         raise BenchmarkError("no KV was handed from the prefill to the decode instance")
-    summary = figures(records, duration_s, Slo())
     itl_s = [gap for record in records for gap in record.itl_s]
     ttft = summary["ttft_s"]
     return [
@@ -140,9 +141,11 @@ def run(console: Console, seed: int, seconds: float) -> None:
         if errors := [record.error for record in records if record.error is not None]:
             raise BenchmarkError(f"{len(errors)} of {len(records)} requests failed: {errors[0]}")
         show_recall(console, prompts, records)
-        rows = figure_rows(records, duration_s, scrape.difference(before, scrape.settled_counters(url)))
+        summary = figures(records, duration_s, Slo())
+        server = scrape.server_figures(scrape.difference(before, scrape.settled_counters(url)))
         console.rule("figures", align="left")
-        console.print(_grid(rows))
+        console.print(_grid(figure_rows(records, duration_s, summary, server)))
+        write_report(ROOT / "results" / "demo.json", {"client": summary, "server": server})
     console.print("stopped; no process is left. Next: .venv/bin/flowkv serve", highlight=False)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flowkv.bundled import MODEL_FOLDER
 from flowkv.config import EngineConfig
 from flowkv.engine.runner import TorchRunner
 from flowkv.model.loading import LoadedModel, load_model
@@ -19,8 +20,10 @@ PROMPT_LENGTHS = [1, 2, 3, 15, 16, 17, 33, 64, 5, 90]
 CONFIG = EngineConfig(block_size=4, max_batch_tokens=16, max_choices=16)
 
 
-@pytest.fixture(scope="module", params=sorted(CONFIGS))
+@pytest.fixture(scope="module", params=[*sorted(CONFIGS), "bundled"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "bundled":
+        return MODEL_FOLDER
     return save_model(CONFIGS[request.param], tmp_path_factory.mktemp(request.param))
 
 
@@ -59,6 +62,14 @@ def count_ties(model: torch.nn.Module, prompt_ids: list[int], output_ids: list[i
             assert best - second < TIE and row[token_id] >= second, f"{token_id} has {row[token_id]}, best is {best}"
             num_ties += 1
     return num_ties
+
+
+def first_tie(model: torch.nn.Module, prompt_ids: list[int], output_ids: list[int]) -> int:
+    """How many of the reference's own tokens come before one that rounding alone decides."""
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt_ids + output_ids])).logits[0, len(prompt_ids) - 1 : -1]
+    best, second = logits.topk(2).values.unbind(-1)
+    return next((i for i, gap in enumerate((best - second).tolist()) if gap < TIE), len(output_ids))
 
 
 def generate(model: torch.nn.Module, prompt_ids: list[int]) -> list[int]:
