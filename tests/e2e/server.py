@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,11 @@ class Server:
 
     def __init__(self, *arguments: str) -> None:
         command = [sys.executable, "-m", "flowkv.cli", "serve", "--port", "0", *arguments]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        self._tmp = tempfile.TemporaryDirectory()
+        environment = os.environ | {"TMPDIR": self._tmp.name}
+        self.process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
+        )  # fmt: skip
         self.lines: list[str] = []
         self.url = ""
         self._changed = threading.Condition()
@@ -54,6 +59,10 @@ class Server:
         pattern = re.compile(rf'^{name}{{.*?instance="([^"]+)".*?}} (\S+)$', re.M)
         return {match[1]: float(match[2]) for match in pattern.finditer(self.client.get("/metrics").text)}
 
+    def files(self) -> list[str]:
+        """What it has in the temporary directory, which it has for itself."""
+        return [entry.name for entry in Path(self._tmp.name).iterdir()]
+
     def stop(self, signum: int = signal.SIGTERM) -> int:
         """Signal the launcher and wait; the exit code."""
         self.process.send_signal(signum)
@@ -65,6 +74,10 @@ class Server:
         assert self.process.stderr is not None
         self.process.stderr.close()
         return code
+
+    def close(self) -> None:
+        self.client.close()
+        self._tmp.cleanup()
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -87,11 +100,12 @@ def serving(*arguments: str) -> Iterator[Server]:
     try:
         yield server
     finally:
-        server.client.close()
         if server.process.poll() is None:
             server.stop()
         server.wait()
+        assert server.files() == [], "the server has left files behind"
         assert server.processes() == [], "the server has left processes behind"
+        server.close()
 
 
 def eventually(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
@@ -100,10 +114,6 @@ def eventually(condition: Callable[[], bool], what: str, timeout_s: float = 30.0
     while not condition():
         assert time.monotonic() < deadline_s, f"not within {timeout_s:.0f} s: {what}"
         time.sleep(0.02)
-
-
-def run_folders() -> set[Path]:
-    return set(Path(os.environ.get("TMPDIR", "/tmp")).glob("flowkv-*"))
 
 
 def _session_and_state(entry: Path) -> tuple[int, bool]:
