@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -161,8 +162,9 @@ class Launcher:
         self._children[spec.name].spec = spec
 
     def _start(self, name: str, context: Any, target: Callable[..., object], *args: Any) -> None:
-        run_folder = str(self._run_folder) if name == CONTROLLER else None
-        process = context.Process(target=_child_main, args=(run_folder, target, args), name=f"flowkv {name}")
+        # The controller clears up after a launcher that was killed: our folder, and that of multiprocessing.
+        folders = [str(self._run_folder), get_temp_dir()] if name == CONTROLLER else []
+        process = context.Process(target=_child_main, args=(folders, target, args), name=f"flowkv {name}")
         process.start()
         self._children[name] = _Child(process)
         self._poller.register(process.sentinel, zmq.POLLIN)
@@ -273,27 +275,32 @@ def _stop_signals() -> Iterator[None]:
     yield
 
 
-def _child_main(run_folder: str | None, target: Callable[..., object], args: tuple[Any, ...]) -> None:
+def _child_main(orphaned_folders: list[str], target: Callable[..., object], args: tuple[Any, ...]) -> None:
     """First thing in every child. Ctrl-C reaches the whole process group, so only the launcher heeds it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(0))
-    _die_with_launcher(signal.SIGTERM if run_folder else signal.SIGKILL)
+    _die_with_launcher(signal.SIGTERM if orphaned_folders else signal.SIGKILL)
     logging.basicConfig(level=logging.WARNING, format="flowkv: %(message)s", stream=sys.stderr)
     try:
         target(*args)
     finally:
-        if run_folder is not None:  # the launcher may be dead: then nobody else can clear up
-            shutil.rmtree(run_folder, ignore_errors=True)
+        if not _launcher().is_alive():
+            for folder in orphaned_folders:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _launcher() -> BaseProcess:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    return parent
 
 
 def _die_with_launcher(signum: int) -> None:
     """Signal this process when the launcher is gone. (A parent-death signal would watch the fork server instead, which
     lives as long as any child of its does.)"""
-    launcher = multiprocessing.parent_process()
-    assert launcher is not None
 
     def watch() -> None:
-        launcher.join()
+        _launcher().join()
         os.kill(os.getpid(), signum)
 
     threading.Thread(target=watch, name="flowkv-launcher-watch", daemon=True).start()
