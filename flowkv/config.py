@@ -11,13 +11,14 @@ from flowkv.errors import ConfigError
 from flowkv.types import Role
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("cpu",)  # more as their kernels come
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One instance. All instances of a cluster share it; only their role differs."""
 
     block_size: int = 16  # tokens
-    kv_memory: str = "auto"  # of one pool: "512MiB", "4GiB", a number of bytes, or "auto"
+    kv_memory: str | int = "auto"  # of one pool: "512MiB", "4GiB", a number of bytes, or "auto"
     max_batch_tokens: int = 512  # prompt tokens computed in one step, at most
     max_choices: int = 256  # decoded at once
     threads: int = 0  # 0: the cores there are but one, shared out between the instances
@@ -50,6 +51,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"server.port is 0 (any free one) to 65535, not {self.port}")
+        if self.max_body_bytes < 1:
+            raise ValueError(f"server.max_body_bytes is at least 1, not {self.max_body_bytes}")
 
 
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -70,6 +73,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        if self.device not in DEVICES:
+            raise ValueError(f"device is one of {', '.join(DEVICES)}, not {self.device!r}")
         if not 0 <= self.toy_step_s < 60:
             raise ValueError(f"toy_step_s is a number of seconds under 60, not {self.toy_step_s}")
         if min(self.prefill, self.decode, self.mixed) < 0 or not self.roles:
@@ -102,11 +107,11 @@ def load_config(path: Path | None, overrides: dict[str, Any], dotted: Sequence[s
         raise ConfigError(f"configuration: {error}") from None
 
 
-def parse_bytes(text: str) -> int | None:
-    """ "512MiB", "4GiB", "1e9" or "1000000" in bytes; None for "auto". ValueError for anything else."""
+def parse_bytes(text: str | int) -> int | None:
+    """ "512MiB", "4GiB", "1e9" or 1000000 in bytes; None for "auto". ValueError for anything else."""
     if text == "auto":
         return None
-    number, factor = text.strip(), 1
+    number, factor = str(text).strip(), 1
     for suffix, power in (("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)):
         if number.endswith(suffix):
             number, factor = number.removesuffix(suffix), 2**power

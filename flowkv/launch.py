@@ -11,11 +11,9 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
@@ -26,6 +24,7 @@ from typing import Any, Protocol
 import zmq
 
 from flowkv import bundled
+from flowkv.child import STOP_SIGNALS, child_main
 from flowkv.cluster.service import run_controller
 from flowkv.config import ClusterConfig
 from flowkv.engine.process import InstanceSpec, run_instance
@@ -59,8 +58,8 @@ class _Child:
 
 
 @dataclass(slots=True)
-class _Slot:
-    """A place in the cluster, filled by one instance after another."""
+class _Seat:
+    """A place in the cluster, taken by one instance after another."""
 
     spec: InstanceSpec
     epoch: int = 0
@@ -78,7 +77,7 @@ class Launcher:
         if config.model is None and not config.toy and config.model_name is None:
             self._model_name = bundled.MODEL_NAME
         self._children: dict[str, _Child] = {}
-        self._slots: dict[str, _Slot] = {}  # by the name of the instance that fills it
+        self._seats: dict[str, _Seat] = {}  # by the name of the instance in it
         self._url = ""
         # One server to fork from: with torch for instances of a model; without, it can fork the other processes too.
         self._forkserver = multiprocessing.get_context("forkserver")
@@ -87,28 +86,27 @@ class Launcher:
 
     def run(self) -> None:
         """ConfigError, ModelError or PoolError if the cluster cannot start; it is gone by then."""
-        run_folder = Path(tempfile.mkdtemp(prefix="flowkv-"))  # 0700: nobody else can send messages
-        context = SyncContext()
-        try:
-            with _stop_signals():
-                self._open(run_folder, context)
+        with contextlib.ExitStack() as stack:
+            _stop_on_signals()
+            self._run_folder = Path(tempfile.mkdtemp(prefix="flowkv-"))  # 0700: nobody else can send messages
+            stack.callback(shutil.rmtree, self._run_folder, ignore_errors=True)
+            try:
+                self._open(stack)
+                stack.callback(self._stop_all)
                 self._start_all()
                 self._watch()
-        except _StopRequested:
-            self._display.note("stopping")
-        finally:
-            self._stop_all()
-            self._outbox.close()
-            self._mailbox.close()
-            context.term()
-            shutil.rmtree(run_folder, ignore_errors=True)
+            except _StopRequested:
+                self._display.note("stopping")
 
     # --- starting --------------------------------------------------------------------------------------------------
 
-    def _open(self, run_folder: Path, context: SyncContext) -> None:
-        self._run_folder = run_folder
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        context = SyncContext()
+        stack.callback(context.term)
         self._mailbox = Mailbox(context, self._address("launcher"))
+        stack.callback(self._mailbox.close)
         self._outbox = Outbox(context)
+        stack.callback(self._outbox.close)
         self._poller = zmq.Poller()
         self._poller.register(self._mailbox.socket, zmq.POLLIN)
 
@@ -132,7 +130,7 @@ class Launcher:
         counts: dict[str, int] = {}
         for role in config.roles:
             index = counts[role] = counts.get(role, -1) + 1
-            self._fill(_Slot(self._instance_spec(f"{role}-{index}", role, threads)))
+            self._fill(_Seat(self._instance_spec(f"{role}-{index}", role, threads)))
 
     def _instance_spec(self, name: str, role: Any, threads: int) -> InstanceSpec:
         return InstanceSpec(
@@ -148,15 +146,15 @@ class Launcher:
             launcher_address=self._address("launcher"),
         )
 
-    def _fill(self, slot: _Slot) -> None:
-        """Start the slot's instance, under a name that no earlier one had."""
-        spec = slot.spec
-        if slot.epoch:
-            name = f"{spec.name}~{slot.epoch}"
+    def _fill(self, seat: _Seat) -> None:
+        """Start the seat's instance, under a name that no earlier one had."""
+        spec = seat.spec
+        if seat.epoch:
+            name = f"{spec.name}~{seat.epoch}"
             spec = replace(
                 spec, name=name, address=self._address(name), pool_address=f"{self._run_folder}/{name}.pool"
             )  # fmt: skip
-        self._slots[spec.name] = slot
+        self._seats[spec.name] = seat
         self._display.progress(spec.name, 0.0, "starting")
         self._start(spec.name, self._forkserver, run_instance, spec)
         self._children[spec.name].spec = spec
@@ -164,7 +162,7 @@ class Launcher:
     def _start(self, name: str, context: Any, target: Callable[..., object], *args: Any) -> None:
         # The controller clears up after a launcher that was killed: our folder, and that of multiprocessing.
         folders = [str(self._run_folder), get_temp_dir()] if name == CONTROLLER else []
-        process = context.Process(target=_child_main, args=(folders, target, args), name=f"flowkv {name}")
+        process = context.Process(target=child_main, args=(folders, target, args), name=f"flowkv {name}")
         process.start()
         self._children[name] = _Child(process)
         self._poller.register(process.sentinel, zmq.POLLIN)
@@ -195,12 +193,20 @@ class Launcher:
                 self._children[message.process].is_ready = True
                 self._url = message.url or self._url
                 self._display.progress(message.process, 1.0, "ready")
-                if message.process in self._slots:
-                    self._slots[message.process].num_failed_starts = 0
+                if message.process in self._seats:
+                    self._seats[message.process].num_failed_starts = 0
             case StartFailed():
-                raise ConfigError(f"{message.process}: {message.reason}")
+                self._on_start_failed(message)
             case _:
                 _logger.warning("the launcher does not take a %s", type(message).__name__)
+
+    def _on_start_failed(self, message: StartFailed) -> None:
+        """Fatal while the cluster starts; one that was to replace another is counted when its process ends."""
+        text = f"{message.process}: {message.reason}"
+        seat = self._seats.get(message.process)
+        if seat is None or seat.epoch == 0:
+            raise ConfigError(text)
+        self._display.note(text)
 
     def _on_exit(self, name: str, child: _Child) -> None:
         """An instance is started again; without its controller or its frontend there is no cluster."""
@@ -209,18 +215,18 @@ class Launcher:
         self._poller.unregister(child.process.sentinel)
         if child.spec is None:
             raise FlowKVError(f"the {name} {reason}")
-        slot = self._slots.pop(name)
+        seat = self._seats.pop(name)
         if not child.is_ready:
-            slot.num_failed_starts += 1
-        if slot.num_failed_starts and slot.epoch == 0:
+            seat.num_failed_starts += 1
+        if seat.num_failed_starts and seat.epoch == 0:
             raise FlowKVError(f"{name} {reason} before it was ready")
         self._outbox.send(self._address(CONTROLLER), InstanceExited(name, reason))
-        if slot.num_failed_starts >= _MAX_FAILED_STARTS:
-            self._display.note(f"{name} {reason}; it failed to start {slot.num_failed_starts} times and stays down")
+        if seat.num_failed_starts >= _MAX_FAILED_STARTS:
+            self._display.note(f"{name} {reason}; it failed to start {seat.num_failed_starts} times and stays down")
             return
         self._display.note(f"{name} {reason}; starting it again")
-        slot.epoch += 1
-        self._fill(slot)
+        seat.epoch += 1
+        self._fill(seat)
 
     # --- stopping --------------------------------------------------------------------------------------------------
 
@@ -260,50 +266,17 @@ def resolve_model(config: ClusterConfig) -> Path | None:
 
 
 class _StopRequested(Exception):
-    """SIGINT or SIGTERM."""
+    """One of STOP_SIGNALS has come."""
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[None]:
+def _stop_on_signals() -> None:
     def stop(signum: int, frame: object) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # one is enough
         raise _StopRequested
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, stop)
-    yield
-
-
-def _child_main(orphaned_folders: list[str], target: Callable[..., object], args: tuple[Any, ...]) -> None:
-    """First thing in every child. Ctrl-C reaches the whole process group, so only the launcher heeds it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(0))
-    _die_with_launcher(signal.SIGTERM if orphaned_folders else signal.SIGKILL)
-    logging.basicConfig(level=logging.WARNING, format="flowkv: %(message)s", stream=sys.stderr)
-    try:
-        target(*args)
-    finally:
-        if not _launcher().is_alive():
-            for folder in orphaned_folders:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _launcher() -> BaseProcess:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    return parent
-
-
-def _die_with_launcher(signum: int) -> None:
-    """Signal this process when the launcher is gone. (A parent-death signal would watch the fork server instead, which
-    lives as long as any child of its does.)"""
-
-    def watch() -> None:
-        _launcher().join()
-        os.kill(os.getpid(), signum)
-
-    threading.Thread(target=watch, name="flowkv-launcher-watch", daemon=True).start()
 
 
 def _describe_exit(exitcode: int | None) -> str:

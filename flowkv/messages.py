@@ -57,6 +57,7 @@ class Register(Message):
     role: Role
     model: ModelInfo
     block_size: int
+    max_choices: int  # decoded at once
 
 
 class StepSample(Message):
@@ -208,7 +209,7 @@ class Outputs(Message):
 
 
 class ClusterStatus(Message):
-    """The cluster as it is now. `model` is None and `ready` False until every instance has registered."""
+    """The cluster as it is now: `model` is None until an instance has registered, `ready` False until all have."""
 
     ready: bool
     model: ModelInfo | None

@@ -84,7 +84,7 @@ class FrontendMetrics:
         self.e2e_s = self._histogram("e2e", "Arrival to the end of the last choice", LATENCY_BUCKETS_S)
         self.num_requests = self._counter("requests", "Requests submitted")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of submitted requests")
-        self.generation_tokens = self._counter("generation_tokens", "Tokens sent to clients")
+        self.output_tokens = self._counter("output_tokens", "Tokens sent to clients")
         finished = "Choices that ended, by why (stop, length, abort or error)"
         self._finished = Counter("flowkv_choices_finished", finished, ["finish_reason"], registry=self.registry)
         refused = "Requests answered with an error, by HTTP status"

@@ -118,7 +118,9 @@ class Cluster:
             node = Node(f"{role}-{i}", role, self.config, num_blocks, network, layout, make_runner)
             self.nodes[node.name] = node
             model = ModelInfo(name="toy", dtype="toy", vocab_size=256, max_model_tokens=4096)
-            self._post(node.name, CONTROLLER, Register(node.peer, role, model, self.config.block_size))
+            self._post(
+                node.name, CONTROLLER, Register(node.peer, role, model, self.config.block_size, self.config.max_choices)
+            )
         if settled:
             self.run()
 

@@ -36,6 +36,8 @@ def test_mixed_alone_means_no_prefill_and_decode_instances() -> None:
         ({"dtype": "int8"}, [], "bfloat16"),
         ({"server.port": 70000}, [], "65535"),
         ({"engine.kv_memory": "lots"}, [], "512MiB"),
+        ({"device": "cuda"}, [], "device is one of cpu"),
+        ({"server.max_body_bytes": -1}, [], "at least 1"),
     ],
 )
 def test_what_cannot_be_is_named(overrides: dict[str, object], dotted: list[str], word: str) -> None:
@@ -58,7 +60,8 @@ def test_sizes() -> None:
     assert parse_bytes("auto") is None
     assert parse_bytes("512MiB") == 512 * 2**20
     assert parse_bytes("1.5GiB") == 3 * 2**29
-    assert parse_bytes("1000") == 1000
+    assert parse_bytes("1000") == parse_bytes(1000) == 1000
+    assert load_config(None, {}, ["engine.kv_memory=1000000"]).engine.kv_memory == 1000000
 
 
 @given(st.text())

@@ -45,7 +45,7 @@ EXAMPLES: list[m.AnyMessage] = [
     m.Submit("f0", REQUEST),
     m.Abort("r0", 2),
     PEER,
-    m.Register(PEER, Role.DECODE, MODEL, 16),
+    m.Register(PEER, Role.DECODE, MODEL, 16, 256),
     m.StepSample(1, 2, 3, 0.5),
     m.LoadReport("p0.1", 3, InstanceLoad(), InstanceCounters(), [m.StepSample(1, 2, 3, 0.5)], ["r0"], [("r1", "d0.1")]),
     m.InstanceExited("p0.1", "killed"),

@@ -126,6 +126,10 @@ class Controller:
         self._send(prefill.peer.address, dispatch)
 
     def _too_large(self, request: Request) -> Rejected:
+        most = max(view.max_choices for view in self._views.values())
+        if request.sampling.n > most:
+            text = f"n ({request.sampling.n}) is more than the {most} choices that an instance decodes at once"
+            return Rejected(request.request_id, 400, text, "too_many_choices", "n")
         room = max(view.peer.num_blocks * view.block_size for view in self._views.values())
         text = (
             f"prompt ({len(request.prompt_ids)} tokens) and max_tokens ({request.sampling.max_tokens}) together need "
@@ -148,7 +152,7 @@ class Controller:
             return
         self._model = message.model
         load = InstanceLoad(free_blocks=message.peer.num_blocks)
-        newcomer = InstanceView(message.peer, message.role, message.block_size, load)
+        newcomer = InstanceView(message.peer, message.role, message.block_size, message.max_choices, load)
         for view in self._views.values():
             self._send(view.peer.address, PeerUp(message.peer))
             self._send(message.peer.address, PeerUp(view.peer))

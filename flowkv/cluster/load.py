@@ -19,6 +19,7 @@ class InstanceView:
     peer: PeerInfo
     role: Role
     block_size: int
+    max_choices: int
     load: InstanceLoad
     counters: InstanceCounters = field(default_factory=InstanceCounters)
     cost: StepCost = field(default_factory=StepCost)
@@ -49,7 +50,8 @@ class InstanceView:
         return self.load.free_blocks - sum(self.expected.values())
 
     def can_hold(self, request: Request) -> bool:
-        return self.num_blocks_for(request.max_total_tokens) <= self.peer.num_blocks
+        fits = self.num_blocks_for(request.max_total_tokens) <= self.peer.num_blocks
+        return fits and request.sampling.n <= self.max_choices
 
     def predicted_ttft_s(self, request: Request) -> float:
         """Queue, then the prompt itself, then one step."""

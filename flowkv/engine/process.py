@@ -13,7 +13,7 @@ from flowkv.engine.batch import Runner
 from flowkv.engine.effects import Connect, Disconnect, Effect, Send, Write
 from flowkv.engine.engine import Engine
 from flowkv.engine.toy import MAX_MODEL_TOKENS, VOCAB_SIZE, ToyRunner, toy_layout
-from flowkv.errors import FlowKVError, PoolError, TransferError
+from flowkv.errors import FlowKVError, PoolError, ProtocolError, TransferError
 from flowkv.kv.layout import KvLayout
 from flowkv.kv.pool import KvPool, available_memory_bytes
 from flowkv.messages import PeerInfo, Progress, Register, StartFailed
@@ -103,7 +103,10 @@ class _Instance:
         self._poller.register(self._mailbox.socket, zmq.POLLIN)
         self._polled: list[int] = []
         peer = PeerInfo(spec.name, spec.address, spec.pool_address, layout.fingerprint, pool.num_blocks)
-        outbox.send(spec.controller_address, Register(peer, spec.role, model.info, layout.block_size))
+        outbox.send(
+            spec.controller_address,
+            Register(peer, spec.role, model.info, layout.block_size, spec.config.engine.max_choices),
+        )
 
     def run(self) -> None:
         """Messages, completions, a step; and again. Waits only when there is nothing to compute."""
@@ -129,7 +132,10 @@ class _Instance:
 
     def _take_messages(self) -> None:
         for message in self._mailbox.receive_all():
-            self._engine.handle(message, time.monotonic())
+            try:
+                self._engine.handle(message, time.monotonic())
+            except ProtocolError as error:
+                _logger.warning("%s ignored a message: %s", self._spec.name, error)
         written, arrived = self._transfer.poll()
         for completion in written:
             self._engine.on_written(completion)

@@ -28,7 +28,7 @@ class Reporter:
         self._step_seconds = self._forward_seconds = self._sampling_seconds = 0.0
 
     def add_step(self, batch: Batch, result: BatchResult, seconds: float) -> None:
-        num_decodes = sum(item.num_tokens == 1 and item.start > 0 for item in batch.items)
+        num_decodes = sum(item.num_tokens == 1 and item.start >= item.sequence.num_prompt for item in batch.items)
         num_prefill_tokens = batch.num_tokens - num_decodes
         context_tokens = sum(item.stop for item in batch.items)
         self._steps.append(StepSample(num_prefill_tokens, num_decodes, context_tokens, seconds))

@@ -14,12 +14,11 @@ class KvPool:
     through the descriptor `fd`, which they are sent over a Unix socket.
     """
 
-    def __init__(self, fd: int, num_blocks: int, block_bytes: int, *, populate: bool) -> None:
+    def __init__(self, fd: int, num_blocks: int, block_bytes: int) -> None:
         self.fd = fd
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes
-        flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)
-        self._map = mmap.mmap(fd, num_blocks * block_bytes, flags=flags)
+        self._map = mmap.mmap(fd, num_blocks * block_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self.buffer = memoryview(self._map)
 
     @classmethod
@@ -34,7 +33,7 @@ class KvPool:
             )
         fd = os.memfd_create("flowkv-pool", os.MFD_CLOEXEC)
         os.ftruncate(fd, num_bytes)
-        return cls(fd, num_blocks, block_bytes, populate=True)
+        return cls(fd, num_blocks, block_bytes)
 
     @classmethod
     def attach(cls, fd: int, num_blocks: int, block_bytes: int) -> "KvPool":
@@ -42,7 +41,7 @@ class KvPool:
         if (size := os.fstat(fd).st_size) != num_blocks * block_bytes:
             os.close(fd)
             raise PoolError(f"a peer's pool has {size} bytes where {num_blocks} x {block_bytes} were announced")
-        return cls(fd, num_blocks, block_bytes, populate=False)
+        return cls(fd, num_blocks, block_bytes)
 
     def close(self) -> None:
         """Unmap. Every view of `buffer` must be gone."""

@@ -175,6 +175,10 @@ class Frontend:
         if live is None:
             return
         error = RequestError(message.message, status=message.status, code=message.code, param=message.param)
+        if live.is_answered:  # accepted, and lost since
+            for choice in live.choices:
+                if choice.finish_reason is None:
+                    self.metrics.count_finished(FinishReason.ERROR)
         self._fail(live, error)
 
     def _fail(self, live: LiveRequest, error: RequestError) -> None:
@@ -227,7 +231,7 @@ class Frontend:
             self.metrics.count_finished(delta.finish_reason)
         if not delta.token_ids:
             return
-        self.metrics.generation_tokens.inc(len(delta.token_ids))
+        self.metrics.output_tokens.inc(len(delta.token_ids))
         if live.first_token_s is None:
             live.first_token_s = now_s
             self.metrics.ttft_s.observe(now_s - live.arrival_s)

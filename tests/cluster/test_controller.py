@@ -38,7 +38,7 @@ class Rig:
 
     def register(self, name: str, role: Role, layout: str = "L", model: ModelInfo = MODEL) -> list[tuple[str, Message]]:
         peer = PeerInfo(name, name, f"{name}.pool", layout, self.num_blocks)
-        return self.take(Register(peer, role, model, 16))
+        return self.take(Register(peer, role, model, 16, 8))
 
     def take(self, message: Message) -> list[tuple[str, Message]]:
         self.controller.handle(message, 0.0)
@@ -112,6 +112,13 @@ def test_one_that_cannot_be_held_anywhere_is_refused_and_costs_nothing() -> None
     assert address == "f" and isinstance(answer, Rejected)
     assert answer.status == 400 and "32 tokens" in answer.message
     assert rig.controller.num_assignments == 0
+
+
+def test_more_choices_than_any_instance_decodes_at_once_are_refused() -> None:
+    rig = Rig(Role.MIXED)
+    request = Request(request_id="r", prompt_ids=[1], sampling=SamplingParams(max_tokens=1, n=9))
+    [(_, answer)] = rig.take(Submit("f", request))
+    assert isinstance(answer, Rejected) and answer.status == 400 and "8 choices" in answer.message
 
 
 def test_before_anyone_is_there_the_answer_is_503() -> None:

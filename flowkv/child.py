@@ -1,0 +1,51 @@
+"""What every process of a cluster does first, whatever it is."""
+
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what asks the launcher to stop
+
+
+def child_main(orphaned_folders: list[str], target: Callable[..., object], args: tuple[Any, ...]) -> None:
+    """Run `target`, whose result is the exit status, and end with the launcher if not before.
+
+    Ctrl-C and a closed terminal reach the whole process group; only the launcher heeds them, and sends SIGTERM.
+    `orphaned_folders` are removed at the end if the launcher is dead by then.
+    """
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(0))
+    _die_with_launcher(signal.SIGTERM if orphaned_folders else signal.SIGKILL)
+    logging.basicConfig(level=logging.WARNING, format="flowkv: %(message)s", stream=sys.stderr)
+    try:
+        status = target(*args)
+    finally:
+        if not _launcher().is_alive():
+            for folder in orphaned_folders:
+                shutil.rmtree(folder, ignore_errors=True)
+    sys.exit(status)  # type: ignore[arg-type]
+
+
+def _launcher() -> BaseProcess:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    return parent
+
+
+def _die_with_launcher(signum: int) -> None:
+    """Signal this process when the launcher is gone. (A parent-death signal would watch the fork server instead, which
+    lives as long as any child of its does.)"""
+
+    def watch() -> None:
+        _launcher().join()
+        os.kill(os.getpid(), signum)
+
+    threading.Thread(target=watch, name="flowkv-launcher-watch", daemon=True).start()
