@@ -27,8 +27,8 @@ from flowkv.bundled.recall import recall_task
 
 TEXT_FILE = ROOT / "training" / "tinyshakespeare.txt.gz"
 NUM_RECALL = 6
-FILLER_CHARACTERS = 1400  # some 600 tokens of the bundled tokenizer: the prompt takes more than one chunk
-PASSAGE_CHARACTERS = 1400
+FILLER_CHARACTERS = 2600  # some 1,100 tokens of the bundled tokenizer: the prompt takes several chunks
+PASSAGE_CHARACTERS = 2600
 ANSWER_TOKENS = 160
 
 
