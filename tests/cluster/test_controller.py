@@ -98,6 +98,13 @@ def test_what_was_sent_since_the_last_report_counts() -> None:
     assert rig.dispatch("r4")[0] == "prefill-0"  # its report has seen both; those of prefill-1 are still on their way
 
 
+def test_blocks_of_requests_on_their_way_count_as_taken() -> None:
+    rig = Rig(Role.PREFILL, Role.DECODE, Role.DECODE)
+    rig.report("decode-2", num_decoding=5)
+    assert rig.dispatch("large", num_tokens=1500)[1].decode_instances[0] == "decode-1"
+    assert rig.dispatch("next", num_tokens=500)[1].decode_instances[0] == "decode-2"
+
+
 def test_the_faster_instance_gets_the_longer_queue() -> None:
     rig = Rig(Role.PREFILL, Role.PREFILL, Role.DECODE)
     for _ in range(50):

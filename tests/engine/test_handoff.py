@@ -208,6 +208,13 @@ def test_a_dead_writer_is_as_good_as_its_word() -> None:
     assert [incoming.reserve.source for incoming in d.receiver.incoming] == ["q"]
 
 
+def test_what_a_dead_source_had_sent_before_is_ignored() -> None:
+    d = D()
+    d.receiver.on_peer_down("p")
+    d.receiver.on_reserve(Reserve("p", 1, REQUEST, 0, "f"), has_room=True)
+    assert d.sent == [] and d.blocks.num_free == 8
+
+
 def test_an_echo_of_a_reservation_is_ignored() -> None:
     d = D()
     d.reserve()

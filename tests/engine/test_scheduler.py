@@ -49,6 +49,14 @@ def test_prompts_share_a_step_in_order_of_arrival() -> None:
     assert step(it) == [("r0", 0, 6), ("r1", 0, 6), ("r2", 0, 4)]
 
 
+def test_what_is_left_of_the_budget_is_cut_to_whole_blocks() -> None:
+    it = scheduler()
+    for arrival, num_prompt in enumerate([6, 5, 30]):
+        it.add(sequence(arrival, num_prompt))
+    assert step(it)[-1] == ("r2", 0, 4)
+    assert step(it) == [("r2", 4, 16)]
+
+
 def test_only_the_last_chunk_draws_once_for_each_choice() -> None:
     it = scheduler()
     it.add(sequence(0, 20, num_choices=3))
