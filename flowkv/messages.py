@@ -114,7 +114,7 @@ class PeerDown(Message):
     instance: str
 
 
-# --- between instances: the hand-over (DESIGN: life of a request, steps 4 and 5) -----------------------------------
+# --- between instances: the handoff (DESIGN: life of a request, steps 4 and 5) -----------------------------------
 # `source` is the prefill instance and `attempt` numbers its reservations, over all requests; the two name one transfer.
 # The channel between two instances is in order, so an attempt that is not higher than the last one seen is an echo.
 

@@ -55,7 +55,7 @@ class Answer:
     def add(self, instance: str, output: Output, may_repeat: bool) -> None:
         """Outputs of two instances may come in any order; their indices tell the real one.
 
-        Only what a dead instance had put out before its hand-over was known may come again, and then the same.
+        Only what a dead instance had put out before its handoff was known may come again, and then the same.
         """
         for i, token_id in enumerate(output.token_ids):
             known = self.tokens.get(output.index + i)

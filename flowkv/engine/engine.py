@@ -37,7 +37,7 @@ from flowkv.types import NO_TOKEN, FinishReason, InstanceCounters, InstanceLoad,
 
 
 class Engine:
-    """The requests, the blocks and the hand-overs of one instance."""
+    """The requests, the blocks and the handoffs of one instance."""
 
     def __init__(self, name: str, config: EngineConfig, num_blocks: int, role: Role, controller_address: str) -> None:
         self.name = name

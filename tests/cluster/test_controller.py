@@ -161,7 +161,7 @@ def test_the_death_of_the_owner_ends_the_request_and_is_told_to_all() -> None:
     assert rig.controller.num_assignments == 0
 
 
-def test_a_hand_over_to_one_that_has_died_meanwhile_ends_the_request() -> None:
+def test_a_handoff_to_one_that_has_died_meanwhile_ends_the_request() -> None:
     rig = Rig(Role.PREFILL, Role.DECODE)
     rig.submit("r")
     rig.take(InstanceExited("decode-1", "was killed"))
