@@ -113,7 +113,7 @@ def test_two_clusters_run_side_by_side() -> None:
         assert complete(one, body) == complete(two, body) == toy_tokens({"r": body})["r"]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_everything_and_open_streams_hear_of_it(signum: signal.Signals) -> None:
     with serving(*CHECKED, "--set", "toy_step_s=0.02") as server:
         lines: list[str] = []
