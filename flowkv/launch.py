@@ -189,12 +189,14 @@ class Launcher:
         match message:
             case Progress():
                 self._display.progress(message.process, message.fraction, message.text)
-            case Ready():
+            case Ready() if message.process in self._children:  # or it is dead by now
                 self._children[message.process].is_ready = True
                 self._url = message.url or self._url
                 self._display.progress(message.process, 1.0, "ready")
                 if message.process in self._seats:
                     self._seats[message.process].num_failed_starts = 0
+            case Ready():
+                pass
             case StartFailed():
                 self._on_start_failed(message)
             case _:

@@ -4,7 +4,7 @@ from enum import StrEnum
 
 import msgspec
 
-NO_TOKEN = -1  # what is drawn from logits that are not numbers
+NO_TOKEN = -1  # drawn where there is nothing to draw from
 
 
 class Role(StrEnum):

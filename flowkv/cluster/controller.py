@@ -147,6 +147,8 @@ class Controller:
 
     def _on_register(self, message: Register) -> None:
         name = message.peer.instance
+        if name in self._dead:
+            return  # the news of its end came first
         if (reason := self._mismatch(message)) is not None:
             self._send(self._launcher_address, StartFailed(name, reason))
             return

@@ -40,7 +40,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """`token_id` is NO_TOKEN where the logits were not numbers."""
+    """`token_id` is NO_TOKEN where the logits were not numbers, or all masked."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None

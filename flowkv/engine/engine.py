@@ -294,6 +294,8 @@ class Engine:
         n = message.request.sampling.n
         num_choices = len(self.scheduler.decoding) + self._receiver.num_choices + n
         needed = self.blocks.num_blocks_for(len(message.request.prompt_ids)) + num_choices
+        if self.scheduler.waiting:  # those who wait here come first, or newcomers would take every block that is freed
+            needed += self.blocks.num_blocks_for(self.scheduler.waiting[0].num_tokens)
         longest = self.blocks.num_blocks_for(message.request.max_total_tokens)
         fits = needed <= self.blocks.num_free and longest <= self.blocks.num_blocks
         return fits and num_choices <= self._config.max_choices
@@ -362,7 +364,7 @@ class Engine:
         sampling = sequence.request.sampling
         index = len(output_ids)
         if draw.token_id == NO_TOKEN:
-            text = "the model's logits were NaN or infinite"
+            text = "no token could be drawn: the logits were NaN or infinite, or every token was masked"
             request_id = sequence.request.request_id
             return Output(request_id, choice, sequence.attempt, index, [], FinishReason.ERROR, error=text)
         output_ids.append(draw.token_id)

@@ -7,7 +7,7 @@ temperature, top-k, top-p, min-p, draw.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -44,20 +44,21 @@ class DrawSpec:
 def sample(logits: torch.Tensor, specs: Sequence[DrawSpec]) -> list[Sample]:
     """One token, with log probabilities where they are asked for, for each spec.
 
-    logits [R, V], of any float type, as the model gave them. NO_TOKEN for a spec whose row has a NaN, or no finite
-    highest logit: there is nothing to draw from, and the other rows are none the worse for it.
+    logits [R, V], of any float type, as the model gave them. NO_TOKEN for a spec whose row has a NaN, an infinity, or
+    nothing left that may be drawn: the other rows are none the worse for it.
     """
     rows = [spec.row for spec in specs]
     raw = logits if rows == list(range(len(logits))) else logits[rows]
-    highest, best = raw.max(dim=-1)  # a NaN anywhere in a row is its highest
+    is_plain = all(spec.is_plain for spec in specs)
+    wanted = raw if is_plain else adjusted(raw.float(), specs)
+    highest, best = wanted.max(dim=-1)  # a NaN anywhere in a row is its highest
     is_sound = torch.isfinite(highest)
-    if not bool(is_sound.all()):
-        samples = sample(torch.where(is_sound[:, None], raw, 0.0), [replace(s, row=i) for i, s in enumerate(specs)])
-        return [drawn if sound else (NO_TOKEN, None) for drawn, sound in zip(samples, is_sound.tolist(), strict=True)]
-    if all(spec.is_plain for spec in specs):
-        return [(token_id, None) for token_id in best.tolist()]
-    token_ids = draw(adjusted(raw.float(), specs), specs)
-    return list(zip(token_ids, drawn_logprobs(raw, token_ids, specs), strict=True))
+    if is_plain:
+        token_ids: list[int] = best.tolist()
+    else:
+        token_ids = draw(torch.where(is_sound[:, None], wanted, 0.0), specs)
+    samples = zip(token_ids, drawn_logprobs(raw, token_ids, specs), strict=True)
+    return [drawn if sound else (NO_TOKEN, None) for drawn, sound in zip(samples, is_sound.tolist(), strict=True)]
 
 
 def adjusted(raw: torch.Tensor, specs: Sequence[DrawSpec]) -> torch.Tensor:

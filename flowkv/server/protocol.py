@@ -194,7 +194,7 @@ def _check_common(body: GenerationBody) -> None:
     _check_range("top_k", body.top_k, -1, INT64_MAX)
     _check_range("min_p", body.min_p, 0.0, 1.0)
     _check_range("seed", body.seed, INT64_MIN, INT64_MAX)
-    _check_range("repetition_penalty", body.repetition_penalty, 0.0, 10.0, above=True)
+    _check_range("repetition_penalty", body.repetition_penalty, 0.01, 10.0)
     _check_range("presence_penalty", body.presence_penalty, -2.0, 2.0)
     _check_range("frequency_penalty", body.frequency_penalty, -2.0, 2.0)
     _check_stop(body)

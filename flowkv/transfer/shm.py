@@ -23,7 +23,7 @@ from flowkv.transfer.plan import Run
 
 _ARRIVED = struct.Struct("<QI")  # immediate, number of blocks
 _POOL = struct.Struct("<QQ")  # number of blocks, bytes a block
-_CONNECT_TIMEOUT_S = 10.0
+_CONNECT_TIMEOUT_S = 3.0  # a thread answers, however busy the peer is: one that does not is stopped or dead
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,11 @@ class ShmTransfer:
                     return
                 raise
             header = _POOL.pack(self._pool.num_blocks, self._pool.block_bytes)
-            socket.send_fds(connection, [header], [self._pool.fd])
+            try:
+                socket.send_fds(connection, [header], [self._pool.fd])
+            except (BrokenPipeError, ConnectionResetError):
+                connection.close()  # it has died, or given up waiting, since it connected
+                continue
             connection.setblocking(False)
             self._writers[connection.fileno()] = connection
             os.eventfd_write(self._wake_fd, 1)

@@ -184,6 +184,13 @@ def test_an_instance_of_another_layout_or_model_is_refused_at_registration() -> 
         assert [type(message) for _, message in out] == [StartFailed]
 
 
+def test_one_whose_end_was_told_before_it_registered_is_not_taken() -> None:
+    rig = Rig(Role.MIXED)
+    rig.take(InstanceExited("mixed-1", "was killed"))
+    assert rig.register("mixed-1", Role.MIXED) == []
+    assert rig.dispatch("r")[0] == "mixed-0"
+
+
 def test_a_message_for_somebody_else_is_a_protocol_error() -> None:
     with pytest.raises(ProtocolError, match="PeerDown"):
         Rig(Role.MIXED).take(PeerDown("x"))

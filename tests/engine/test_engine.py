@@ -4,7 +4,7 @@ from flowkv.config import EngineConfig
 from flowkv.engine.batch import BatchResult, Draw, ItemResult
 from flowkv.engine.effects import Send, Write
 from flowkv.engine.engine import Engine
-from flowkv.messages import Abort, Cancel, Dispatch, LoadReport, PeerInfo, PeerUp, Reserve, Reserved
+from flowkv.messages import Abort, Cancel, Dispatch, LoadReport, PeerInfo, PeerUp, Refused, Reserve, Reserved
 from flowkv.transfer.base import Written
 from flowkv.types import Request, Role, SamplingParams
 
@@ -66,6 +66,17 @@ def test_a_standstill_takes_back_the_youngest_reservation_and_only_one() -> None
     assert engine.next_batch(0.0) is None
     sent = [effect for effect in engine.take_effects() if isinstance(effect, Send)]
     assert sent == [Send("peer", Cancel("me", "young", 2))]
+
+
+def test_those_who_wait_here_come_before_newcomers_from_elsewhere() -> None:
+    engine = make_engine(num_blocks=10)
+    engine.handle(Reserve("peer", 1, make_request("held", 16), 0, "f"), 0.0)
+    engine.handle(Dispatch(1, make_request("mine", 28), 0, "f", []), 0.0)  # seven blocks, six are free
+    assert engine.next_batch(0.0) is None
+    engine.take_effects()
+    engine.handle(Reserve("peer", 2, make_request("newcomer", 8), 0, "f"), 0.0)
+    sent = [effect.message for effect in engine.take_effects() if isinstance(effect, Send)]
+    assert sent == [Refused("me", "newcomer", 2)]
 
 
 def test_a_report_follows_the_end_of_a_request_at_once_and_echoes_its_dispatch() -> None:

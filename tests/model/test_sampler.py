@@ -188,6 +188,14 @@ def test_more_alternatives_than_tokens_are_all_of_them() -> None:
     assert sum(math.exp(logprob) for _, logprob in entry.top) == pytest.approx(1.0)
 
 
+def test_where_parameters_leave_nothing_to_draw_nothing_is_drawn() -> None:
+    everything = frozenset(range(VOCAB_SIZE))
+    for temperature in (0.0, 1.0):
+        masked = spec(0, temperature=temperature, min_tokens=5, stop_token_ids=everything)
+        overflowing = spec(0, temperature=temperature, repetition_penalty=1e-45, prompt_ids=list(range(VOCAB_SIZE)))
+        assert sample(logits_of(1), [masked, overflowing]) == [(NO_TOKEN, None)] * 2
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_from_logits_that_are_not_numbers_nothing_is_drawn_and_the_others_do_not_notice(

@@ -1,5 +1,6 @@
 import os
 import select
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +84,19 @@ def test_a_peer_that_closes_is_no_error_for_the_writer(sides: tuple[Side, Side])
     p.transfer.poll()
     p.transfer.submit(1, "d", [Run(0, 0, 1)], immediate=1)
     assert p.wait(1, 0)[0][0].ticket == 1
+
+
+def test_a_writer_that_gives_up_while_it_connects_does_not_stop_the_others(tmp_path: Path) -> None:
+    p, d = Side(tmp_path, "p"), Side(tmp_path, "d")
+    for _ in range(20):
+        impatient = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        impatient.connect(d.address)
+        impatient.close()
+    p.transfer.connect("d", d.address)
+    p.transfer.submit(1, "d", [Run(0, 0, 1)], immediate=5)
+    assert d.wait(0, 1)[1] == [Arrived(5, 1)]
+    p.transfer.close()
+    d.transfer.close()
 
 
 def test_blocks_of_another_size_are_refused_at_the_connection(tmp_path: Path) -> None:
