@@ -20,9 +20,10 @@ def child_main(orphaned_folders: list[str], target: Callable[..., object], args:
     Ctrl-C and a closed terminal reach the whole process group; only the launcher heeds them, and sends SIGTERM.
     `orphaned_folders` are removed at the end if the launcher is dead by then.
     """
-    for signum in STOP_SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(0))
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _exit_once)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the launcher had blocked them for this moment
     _die_with_launcher(signal.SIGTERM if orphaned_folders else signal.SIGKILL)
     logging.basicConfig(level=logging.WARNING, format="flowkv: %(message)s", stream=sys.stderr)
     try:
@@ -32,6 +33,11 @@ def child_main(orphaned_folders: list[str], target: Callable[..., object], args:
             for folder in orphaned_folders:
                 shutil.rmtree(folder, ignore_errors=True)
     sys.exit(status)  # type: ignore[arg-type]
+
+
+def _exit_once(signum: int, frame: object) -> None:
+    signal.signal(signum, signal.SIG_IGN)  # a second one would interrupt the clearing up that the first began
+    sys.exit(0)
 
 
 def _launcher() -> BaseProcess:

@@ -19,6 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FlowKVError as error:
         print(f"flowkv: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before the launcher has taken over
+        return 130
     return 0
 
 

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import select
 import shutil
 import signal
 import tempfile
@@ -35,6 +36,7 @@ from flowkv.wire import Mailbox, Outbox, SyncContext
 
 CONTROLLER, FRONTEND = "controller", "frontend"
 _STOP_TIMEOUT_S = 10.0
+_EXIT_CODE_TIMEOUT_S = 1.0  # for the fork server to say how its child ended
 _MAX_FAILED_STARTS = 3  # of one instance in a row, before the launcher gives up on it
 
 _logger = logging.getLogger(__name__)
@@ -52,9 +54,30 @@ class Display(Protocol):
 
 @dataclass(slots=True)
 class _Child:
+    """A process of ours. `pid_fd` is what is believed: it tells of this very process, and of no other.
+
+    (What `multiprocessing` says of a forked process comes from the fork server, and is wrong once that has died.)
+    """
+
     process: BaseProcess
+    pid_fd: int
     spec: InstanceSpec | None = None  # of an instance
     is_ready: bool = False
+
+    def send_signal(self, signum: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pid_fd, signum)
+
+    def is_gone(self, timeout_s: float = 0.0) -> bool:
+        """Whether the process has ended, after waiting for that so long."""
+        return bool(select.select([self.pid_fd], [], [], timeout_s)[0])
+
+    def describe_exit(self) -> str:
+        self.process.join(_EXIT_CODE_TIMEOUT_S)
+        exitcode = self.process.exitcode
+        if exitcode is None:
+            return "ended"
+        return f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"exited with code {exitcode}"
 
 
 @dataclass(slots=True)
@@ -90,6 +113,7 @@ class Launcher:
             _stop_on_signals()
             self._run_folder = Path(tempfile.mkdtemp(prefix="flowkv-"))  # 0700: nobody else can send messages
             stack.callback(shutil.rmtree, self._run_folder, ignore_errors=True)
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{self._run_folder}/inductor")  # not beside it
             try:
                 self._open(stack)
                 stack.callback(self._stop_all)
@@ -163,9 +187,15 @@ class Launcher:
         # The controller clears up after a launcher that was killed: our folder, and that of multiprocessing.
         folders = [str(self._run_folder), get_temp_dir()] if name == CONTROLLER else []
         process = context.Process(target=child_main, args=(folders, target, args), name=f"flowkv {name}")
-        process.start()
-        self._children[name] = _Child(process)
-        self._poller.register(process.sentinel, zmq.POLLIN)
+        # A signal to the whole group must not find a process that does not know yet what to do with it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            process.start()
+            assert process.pid is not None
+            self._children[name] = _Child(process, os.pidfd_open(process.pid))
+            self._poller.register(self._children[name].pid_fd, zmq.POLLIN)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     # --- watching --------------------------------------------------------------------------------------------------
 
@@ -182,7 +212,7 @@ class Launcher:
         for message in self._mailbox.receive_all():
             self._handle(message)
         for name, child in list(self._children.items()):
-            if child.process.exitcode is not None:
+            if child.is_gone():
                 self._on_exit(name, child)
 
     def _handle(self, message: object) -> None:
@@ -212,9 +242,10 @@ class Launcher:
 
     def _on_exit(self, name: str, child: _Child) -> None:
         """An instance is started again; without its controller or its frontend there is no cluster."""
-        reason = _describe_exit(child.process.exitcode)
+        reason = child.describe_exit()
         del self._children[name]
-        self._poller.unregister(child.process.sentinel)
+        self._poller.unregister(child.pid_fd)
+        os.close(child.pid_fd)
         if child.spec is None:
             raise FlowKVError(f"the {name} {reason}")
         seat = self._seats.pop(name)
@@ -235,16 +266,16 @@ class Launcher:
     def _stop_all(self) -> None:
         """Frontend first, so that clients hear of it while the rest still runs; then everyone; then by force."""
         if (frontend := self._children.get(FRONTEND)) is not None:
-            frontend.process.terminate()
-            frontend.process.join(_STOP_TIMEOUT_S)
+            frontend.send_signal(signal.SIGTERM)
+            frontend.is_gone(_STOP_TIMEOUT_S)
         for child in self._children.values():
-            child.process.terminate()
+            child.send_signal(signal.SIGTERM)
         deadline_s = time.monotonic() + _STOP_TIMEOUT_S
         for child in self._children.values():
-            child.process.join(max(0.0, deadline_s - time.monotonic()))
-            if child.process.exitcode is None:
-                child.process.kill()
-                child.process.join()
+            if not child.is_gone(max(0.0, deadline_s - time.monotonic())):
+                child.send_signal(signal.SIGKILL)
+                child.is_gone(_STOP_TIMEOUT_S)
+            os.close(child.pid_fd)
         # Both would end by themselves a while after this process; nobody should find them still there.
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
         resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
@@ -279,9 +310,3 @@ def _stop_on_signals() -> None:
 
     for number in STOP_SIGNALS:
         signal.signal(number, stop)
-
-
-def _describe_exit(exitcode: int | None) -> str:
-    if exitcode is not None and exitcode < 0:
-        return f"was killed by {signal.Signals(-exitcode).name}"
-    return f"exited with code {exitcode}"

@@ -248,7 +248,7 @@ class Cluster:
             case Connect():
                 node.transfer.connect(effect.peer.instance, effect.peer.pool_address)
             case Disconnect():
-                node.transfer.disconnect(effect.peer)
+                node.transfer.disconnect(effect.peer.instance)
 
     def _post(self, sender: str, receiver: str, message: Message) -> None:
         if receiver in self.nodes or receiver in (CONTROLLER, FRONTEND):

@@ -58,6 +58,7 @@ class Controller:
         self._was_complete = False
         self._status_due_s = 0.0
         self._out: list[tuple[str, Message]] = []
+        self.gone_addresses: list[str] = []  # nobody listens there any more; whoever sends may forget them
 
     # --- in and out ------------------------------------------------------------------------------------------------
 
@@ -138,8 +139,9 @@ class Controller:
         return Rejected(request.request_id, 400, text, "context_length_exceeded", "max_tokens")
 
     def _on_abort(self, message: Abort) -> None:
+        """A request that is settled here but still gives outputs somewhere is aborted wherever it may be."""
         assignment = self._assignments.get(message.request_id)
-        for name in assignment.instances if assignment else ():
+        for name in assignment.instances if assignment else list(self._views):
             if name in self._views:
                 self._send(self._views[name].peer.address, message)
 
@@ -192,8 +194,9 @@ class Controller:
     def _on_exited(self, message: InstanceExited) -> None:
         """What it held ends with an error; everyone forgets it."""
         self._dead.add(message.instance)
-        if self._views.pop(message.instance, None) is None:
+        if (gone := self._views.pop(message.instance, None)) is None:
             return
+        self.gone_addresses.append(gone.peer.address)
         for view in self._views.values():
             self._send(view.peer.address, PeerDown(message.instance))
         for request_id in [r for r, a in self._assignments.items() if a.owner == message.instance]:

@@ -32,6 +32,8 @@ def run_controller(name: str, address: str, launcher_address: str, num_instances
             controller.tick(time.monotonic())
             for to, answer in controller.take_messages():
                 outbox.send(to, answer)
+            while controller.gone_addresses:
+                outbox.drop(controller.gone_addresses.pop())
     finally:
         mailbox.close()
         outbox.close()

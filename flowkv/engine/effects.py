@@ -29,7 +29,7 @@ class Connect:
 
 @dataclass(frozen=True, slots=True)
 class Disconnect:
-    peer: str
+    peer: PeerInfo
 
 
 Effect = Send | Write | Connect | Disconnect

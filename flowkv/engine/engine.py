@@ -11,7 +11,7 @@ from flowkv.engine.batch import Batch, BatchItem, BatchResult, ItemResult
 from flowkv.engine.effects import Connect, Disconnect, Effect, Send
 from flowkv.engine.handoff_receiver import HandoffReceiver, Incoming
 from flowkv.engine.handoff_sender import HandoffSender
-from flowkv.engine.peers import PeerAddresses
+from flowkv.engine.peers import Peers
 from flowkv.engine.report import Reporter
 from flowkv.engine.scheduler import HybridScheduler
 from flowkv.engine.sequence import Sequence
@@ -45,7 +45,7 @@ class Engine:
         self.scheduler = HybridScheduler(config, self.blocks, role)
         self._config = config
         self._effects: list[Effect] = []
-        self._peers = PeerAddresses()
+        self._peers = Peers()
         self._sequences: dict[str, list[Sequence]] = {}  # in the scheduler's queues, by request
         self._arrivals = count()
         self._batch_ids = count(1)
@@ -91,10 +91,6 @@ class Engine:
         """A `Write` effect is done: its source blocks are no longer read."""
         self._sender.on_written(written)
         self._sweep()
-
-    def on_unreachable(self, peer: str) -> None:
-        """A `Connect` effect failed: nothing can be written to that peer."""
-        self._sender.on_peer_down(peer)
 
     def on_arrived(self, arrived: Arrived, now_s: float) -> None:
         """A peer has written blocks into this instance's pool."""
@@ -224,11 +220,11 @@ class Engine:
     def _on_peer_up(self, message: PeerUp) -> None:
         self._sender.reachable.add(message.peer.instance)
         self._effects.append(Connect(message.peer))
-        self._effects += self._peers.up(message.peer.instance, message.peer.address)
+        self._effects += self._peers.up(message.peer)
 
     def _on_peer_down(self, message: PeerDown) -> None:
-        self._peers.down(message.instance)
-        self._effects.append(Disconnect(message.instance))
+        if (peer := self._peers.down(message.instance)) is not None:
+            self._effects.append(Disconnect(peer))
         self._sender.on_peer_down(message.instance)
         self._receiver.on_peer_down(message.instance)
 

@@ -85,7 +85,7 @@ class HandoffSender:
         self._num_in_flight: dict[str, int] = {}  # writes, by request
         self._attempts = count(1)
         self._tickets = count(1)
-        self.reachable: set[str] = set()  # peers that are up and connected
+        self.reachable: set[str] = set()  # peers that are up
         self.counters = TransferCounters()
 
     @property

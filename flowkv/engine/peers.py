@@ -1,31 +1,32 @@
 """Where other instances are reached, from an engine's point of view."""
 
 from flowkv.engine.effects import Send
-from flowkv.messages import Message
+from flowkv.messages import Message, PeerInfo
 
 
-class PeerAddresses:
+class Peers:
     """Messages to a peer that has not been introduced yet are held until it is (its own message may overtake the
     controller's); those to a dead one are dropped, since its death settles whatever they were about."""
 
     def __init__(self) -> None:
-        self._address: dict[str, str] = {}
+        self._up: dict[str, PeerInfo] = {}
         self._held: dict[str, list[Message]] = {}
         self._dead: set[str] = set()  # names are never reused
 
-    def up(self, name: str, address: str) -> list[Send]:
+    def up(self, peer: PeerInfo) -> list[Send]:
         """A peer is introduced: what was held for it goes out now."""
-        self._address[name] = address
-        return [Send(address, message) for message in self._held.pop(name, [])]
+        self._up[peer.instance] = peer
+        return [Send(peer.address, message) for message in self._held.pop(peer.instance, [])]
 
-    def down(self, name: str) -> None:
+    def down(self, name: str) -> PeerInfo | None:
+        """A peer is dead; who it was, if it had been introduced."""
         self._dead.add(name)
-        self._address.pop(name, None)
         self._held.pop(name, None)
+        return self._up.pop(name, None)
 
     def send(self, name: str, message: Message) -> list[Send]:
-        if (address := self._address.get(name)) is not None:
-            return [Send(address, message)]
+        if (peer := self._up.get(name)) is not None:
+            return [Send(peer.address, message)]
         if name not in self._dead:
             self._held.setdefault(name, []).append(message)
         return []

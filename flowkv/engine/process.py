@@ -13,7 +13,7 @@ from flowkv.engine.batch import Runner
 from flowkv.engine.effects import Connect, Disconnect, Effect, Send, Write
 from flowkv.engine.engine import Engine
 from flowkv.engine.toy import MAX_MODEL_TOKENS, VOCAB_SIZE, ToyRunner, toy_layout
-from flowkv.errors import FlowKVError, PoolError, ProtocolError, TransferError
+from flowkv.errors import FlowKVError, PoolError, ProtocolError
 from flowkv.kv.layout import KvLayout
 from flowkv.kv.pool import KvPool, available_memory_bytes
 from flowkv.messages import PeerInfo, Progress, Register, StartFailed
@@ -155,16 +155,10 @@ class _Instance:
             case Write():
                 self._transfer.submit(effect.ticket, effect.peer, effect.runs, effect.immediate)
             case Connect():
-                self._connect(effect.peer)
+                self._transfer.connect(effect.peer.instance, effect.peer.pool_address)
             case Disconnect():
-                self._transfer.disconnect(effect.peer)
-
-    def _connect(self, peer: PeerInfo) -> None:
-        try:
-            self._transfer.connect(peer.instance, peer.pool_address)
-        except TransferError as error:
-            _logger.warning("%s: %s", self._spec.name, error)
-            self._engine.on_unreachable(peer.instance)
+                self._transfer.disconnect(effect.peer.instance)
+                self._outbox.drop(effect.peer.address)
 
     def _wait(self) -> None:
         """Until a message or a completion is there, or for a beat."""

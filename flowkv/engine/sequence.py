@@ -17,7 +17,7 @@ class Sequence:
     request: Request
     attempt: int
     frontend_address: str
-    arrival: int  # order of arrival at this instance: the oldest is never preempted for a younger one
+    arrival: int  # order of arrival at this instance: the oldest start first, the youngest are preempted first
     choice: int = 0
     num_choices: int = 1
     is_decoding: bool = False  # in the decode queue; otherwise its KV is still being computed

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from flowkv.engine.batch import Batch, BatchItem, BatchResult, Draw, ItemResult
 from flowkv.kv.layout import KvLayout
-from flowkv.types import SamplingParams, TokenLogprobs
+from flowkv.types import NO_TOKEN, SamplingParams, TokenLogprobs
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -79,6 +79,8 @@ class ToyRunner:
             number = _hash(state, sampling.seed, choice, index)
         masked = sampling.stop_token_ids if len(output_ids) < sampling.min_tokens else frozenset[int]()
         token_id = _token(number)
+        if masked.issuperset(range(_FIRST_PRINTABLE, _FIRST_PRINTABLE + _NUM_PRINTABLE)):
+            return Draw(NO_TOKEN)
         while token_id in masked:
             number = _hash(number)
             token_id = _token(number)

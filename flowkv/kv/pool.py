@@ -55,7 +55,9 @@ def available_memory_bytes() -> int:
     available = int(_meminfo("MemAvailable")) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(used.read_text()))
+        stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        cached = int(stat["inactive_file"])  # files that were read, such as weights: given back when it is needed
+        available = min(available, int(text) - int(used.read_text()) + cached)
     return max(0, available)
 
 

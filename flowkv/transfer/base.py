@@ -32,7 +32,7 @@ class TransferEngine(Protocol):
     """Nothing above this knows how bytes move."""
 
     def connect(self, peer: str, pool_address: str) -> None:
-        """Reach a peer's pool, before the first request needs it. TransferError if it cannot be reached."""
+        """Begin to reach a peer's pool, before the first request needs it; what is submitted meanwhile waits."""
 
     def disconnect(self, peer: str) -> None:
         """Forget a dead peer; what is still queued for it is completed without being sent."""

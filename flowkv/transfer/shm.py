@@ -5,6 +5,7 @@ first; then a small packet for every write that has been made. The end of the co
 """
 
 import contextlib
+import logging
 import os
 import queue
 import socket
@@ -24,6 +25,9 @@ from flowkv.transfer.plan import Run
 _ARRIVED = struct.Struct("<QI")  # immediate, number of blocks
 _POOL = struct.Struct("<QQ")  # number of blocks, bytes a block
 _CONNECT_TIMEOUT_S = 3.0  # a thread answers, however busy the peer is: one that does not is stopped or dead
+_RECONNECT_INTERVAL_S = 0.2
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +38,16 @@ class _Submission:
 
 
 class _Link:
-    """This process's way into one peer's pool: a thread that copies (without the interpreter lock) while steps run."""
+    """This process's way into one peer's pool: a thread that connects, and then copies while steps run."""
 
     def __init__(self, source: KvPool, pool_address: str, done: "queue.SimpleQueue[Written]", wake_fd: int) -> None:
-        self._socket, self._pool = _attach(pool_address, source.block_bytes)
+        self._address = pool_address
         self._source = np.frombuffer(source.buffer, np.uint8)
-        self._target = np.frombuffer(self._pool.buffer, np.uint8)
         self._block_bytes = source.block_bytes
         self._done = done
         self._wake_fd = wake_fd
-        self._alive = True
+        self._closed = threading.Event()
+        self._peer: tuple[socket.socket, KvPool] | None = None  # once connected
         self._submissions: queue.SimpleQueue[_Submission | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="flowkv-link", daemon=True)
         self._thread.start()
@@ -52,35 +56,53 @@ class _Link:
         self._submissions.put(submission)
 
     def close(self) -> None:
-        self._alive = False
-        self._socket.shutdown(socket.SHUT_RDWR)  # frees a thread that waits for a stopped peer to read
+        """What is still queued completes unsent."""
+        self._closed.set()
+        if self._peer is not None:
+            self._peer[0].shutdown(socket.SHUT_RDWR)  # frees a thread that waits for a stopped peer to read
         self._submissions.put(None)
         self._thread.join()
-        self._socket.close()
-        del self._target
-        self._pool.close()
+        if self._peer is not None:
+            self._peer[0].close()
+            self._peer[1].close()
 
     def _run(self) -> None:
+        self._peer = self._connect()
         while (submission := self._submissions.get()) is not None:
             started_s = time.monotonic()
-            num_blocks = self._copy(submission.runs) if self._alive else 0
+            num_blocks = self._copy(submission.runs)
             if num_blocks:
                 self._announce(submission.immediate, num_blocks)
             now_s = time.monotonic()
             self._done.put(Written(submission.ticket, num_blocks * self._block_bytes, now_s - started_s, now_s))
             os.eventfd_write(self._wake_fd, 1)
 
+    def _connect(self) -> tuple[socket.socket, KvPool] | None:
+        """A peer that does not answer is stopped, or dead and soon known to be: until `close`, it may come back."""
+        while not self._closed.is_set():
+            try:
+                return attach(self._address, self._block_bytes)
+            except TransferError as error:
+                _logger.warning("%s; trying again", error)
+                self._closed.wait(_RECONNECT_INTERVAL_S)
+        return None
+
     def _copy(self, runs: Sequence[Run]) -> int:
+        """Blocks copied: all, or none where the peer is gone."""
+        if self._peer is None or self._closed.is_set():
+            return 0
         size = self._block_bytes
+        target = np.frombuffer(self._peer[1].buffer, np.uint8)
         for src, dst, count in runs:
-            np.copyto(self._target[dst * size : (dst + count) * size], self._source[src * size : (src + count) * size])
+            np.copyto(target[dst * size : (dst + count) * size], self._source[src * size : (src + count) * size])
         return sum(run.num_blocks for run in runs)
 
     def _announce(self, immediate: int, num_blocks: int) -> None:
+        assert self._peer is not None
         try:
-            self._socket.sendall(_ARRIVED.pack(immediate, num_blocks))
+            self._peer[0].sendall(_ARRIVED.pack(immediate, num_blocks))
         except (BrokenPipeError, ConnectionResetError):
-            self._alive = False  # the peer is dead: whoever watches processes says so to the engine
+            self._closed.set()  # the peer is dead: whoever watches processes says so to the engine
 
 
 class ShmTransfer:
@@ -160,8 +182,8 @@ class ShmTransfer:
             os.eventfd_write(self._wake_fd, 1)
 
 
-def _attach(pool_address: str, block_bytes: int) -> tuple[socket.socket, KvPool]:
-    """Connect to a listening `ShmTransfer` and map the pool that it hands out."""
+def attach(pool_address: str, block_bytes: int) -> tuple[socket.socket, KvPool]:
+    """Connect to a listening `ShmTransfer` and map the pool that it hands out. TransferError if that cannot be."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection.settimeout(_CONNECT_TIMEOUT_S)

@@ -147,7 +147,8 @@ def test_an_abort_goes_to_all_who_may_hold_some_of_it() -> None:
     rig = Rig(Role.PREFILL, Role.DECODE, Role.DECODE)
     rig.submit("r")
     assert {address for address, _ in rig.take(Abort("r"))} == {"prefill-0", "decode-1", "decode-2"}
-    assert rig.take(Abort("nobody")) == []
+    rig.take(finished("prefill-0", "r"))
+    assert {address for address, _ in rig.take(Abort("r"))} == {"prefill-0", "decode-1", "decode-2"}
 
 
 def test_the_death_of_the_owner_ends_the_request_and_is_told_to_all() -> None:

@@ -10,7 +10,7 @@ from flowkv.errors import TransferError
 from flowkv.kv.pool import KvPool
 from flowkv.transfer.base import Arrived, Written
 from flowkv.transfer.plan import Run
-from flowkv.transfer.shm import ShmTransfer
+from flowkv.transfer.shm import ShmTransfer, attach
 
 BLOCK_BYTES = 8192
 
@@ -100,15 +100,32 @@ def test_a_writer_that_gives_up_while_it_connects_does_not_stop_the_others(tmp_p
 
 
 def test_blocks_of_another_size_are_refused_at_the_connection(tmp_path: Path) -> None:
-    p, d = Side(tmp_path, "p"), Side(tmp_path, "d", block_bytes=4096)
+    d = Side(tmp_path, "d", block_bytes=4096)
     with pytest.raises(TransferError, match="4096 bytes"):
-        p.transfer.connect("d", d.address)
-    p.transfer.close()
+        attach(d.address, BLOCK_BYTES)
     d.transfer.close()
 
 
 def test_no_pool_at_an_address_is_a_clear_error(tmp_path: Path) -> None:
-    p = Side(tmp_path, "p")
     with pytest.raises(TransferError, match="cannot be reached"):
-        p.transfer.connect("d", str(tmp_path / "nobody"))
+        attach(str(tmp_path / "nobody"), BLOCK_BYTES)
+
+
+def test_a_write_waits_for_a_peer_that_comes_late(tmp_path: Path) -> None:
+    p = Side(tmp_path, "p")
+    p.transfer.connect("d", str(tmp_path / "d"))
+    p.transfer.submit(1, "d", [Run(2, 3, 1)], immediate=5)
+    d = Side(tmp_path, "d")
+    assert d.wait(0, 1)[1] == [Arrived(5, 1)]
+    assert p.wait(1, 0)[0][0].num_bytes == BLOCK_BYTES
+    p.transfer.close()
+    d.transfer.close()
+
+
+def test_a_peer_that_never_comes_does_not_keep_anyone_from_closing(tmp_path: Path) -> None:
+    p = Side(tmp_path, "p")
+    p.transfer.connect("d", str(tmp_path / "nobody"))
+    p.transfer.submit(1, "d", [Run(0, 0, 1)], immediate=5)
+    p.transfer.disconnect("d")
+    assert [(w.ticket, w.num_bytes) for w in p.wait(1, 0)[0]] == [(1, 0)]
     p.transfer.close()
