@@ -22,7 +22,7 @@ def child_main(orphaned_folders: list[str], target: Callable[..., object], args:
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _exit_once)
+    signal.signal(signal.SIGTERM, once(sys.exit))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the launcher had blocked them for this moment
     _die_with_launcher(signal.SIGTERM if orphaned_folders else signal.SIGKILL)
     logging.basicConfig(level=logging.WARNING, format="flowkv: %(message)s", stream=sys.stderr)
@@ -35,9 +35,15 @@ def child_main(orphaned_folders: list[str], target: Callable[..., object], args:
     sys.exit(status)  # type: ignore[arg-type]
 
 
-def _exit_once(signum: int, frame: object) -> None:
-    signal.signal(signum, signal.SIG_IGN)  # a second one would interrupt the clearing up that the first began
-    sys.exit(0)
+def once(act: Callable[[], None]) -> Callable[[int, object], None]:
+    """A signal handler that acts the first time only: a second time would interrupt the clearing up that it began."""
+    times = iter([1])
+
+    def handle(signum: int, frame: object) -> None:
+        if next(times, 0):
+            act()
+
+    return handle
 
 
 def _launcher() -> BaseProcess:

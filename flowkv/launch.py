@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import zmq
 
 from flowkv import bundled
-from flowkv.child import STOP_SIGNALS, child_main
+from flowkv.child import STOP_SIGNALS, child_main, once
 from flowkv.cluster.service import run_controller
 from flowkv.config import ClusterConfig
 from flowkv.engine.process import InstanceSpec, run_instance
@@ -303,10 +303,9 @@ class _StopRequested(Exception):
 
 
 def _stop_on_signals() -> None:
-    def stop(signum: int, frame: object) -> None:
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # one is enough
+    def stop() -> None:
         raise _StopRequested
 
+    handler = once(stop)
     for number in STOP_SIGNALS:
-        signal.signal(number, stop)
+        signal.signal(number, handler)

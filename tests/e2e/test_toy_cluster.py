@@ -135,6 +135,14 @@ def test_a_signal_ends_everything_and_open_streams_hear_of_it(signum: signal.Sig
     assert "error" in lines[-1] or '"abort"' in "".join(lines) or lines[-2:] == ["data: [DONE]", ""]
 
 
+def test_signals_to_the_whole_group_end_everything_too() -> None:
+    """As supervisors and closing terminals send them, and impatient people."""
+    with serving(*CHECKED) as server:
+        os.killpg(server.process.pid, signal.SIGTERM)
+        os.killpg(server.process.pid, signal.SIGTERM)
+        assert server.wait() == 0
+
+
 def test_killing_the_launcher_leaves_no_process_and_no_memory_behind() -> None:
     server = Server(*CHECKED)
     assert len(server.processes()) >= 5
