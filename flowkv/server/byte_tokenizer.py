@@ -19,5 +19,8 @@ class ByteTokenizer:
     def token_text(self, token_id: int) -> str:
         return self.decode([token_id])
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id])
+
     def detokenizer(self, *, skip_special_tokens: bool) -> ByteDetokenizer:
         return ByteDetokenizer()

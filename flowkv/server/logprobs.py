@@ -1,5 +1,7 @@
 """Log probabilities in OpenAI's two shapes."""
 
+from codecs import getincrementaldecoder
+
 import msgspec
 
 from flowkv.server.tokenizer import Tokenizer
@@ -36,16 +38,19 @@ class ChatLogprobs(msgspec.Struct):
 
 
 def completion_logprobs(tokenizer: Tokenizer, entries: list[TokenLogprobs | int], offset: int) -> CompletionLogprobs:
-    """`entries` holds an id alone for the token that has no probability; `offset` is in characters."""
+    """`entries` holds an id alone for the token that has no probability.
+
+    `offset` is in characters; one that is cut across tokens counts with the last of them.
+    """
     shape = CompletionLogprobs([], [], [], [])
+    decoder = getincrementaldecoder("utf-8")(errors="replace")
     for entry in entries:
         token_id = entry if isinstance(entry, int) else entry.token_id
-        text = tokenizer.token_text(token_id)
-        shape.tokens.append(text)
+        shape.tokens.append(tokenizer.token_text(token_id))
         shape.token_logprobs.append(None if isinstance(entry, int) else finite(entry.logprob))
         shape.top_logprobs.append(None if isinstance(entry, int) else _alternatives(tokenizer, entry))
         shape.text_offset.append(offset)
-        offset += len(text)
+        offset += len(decoder.decode(tokenizer.token_bytes(token_id)))
     return shape
 
 
@@ -71,5 +76,4 @@ def _chat_entry(tokenizer: Tokenizer, entry: TokenLogprobs) -> ChatTokenLogprob:
 
 
 def _word(tokenizer: Tokenizer, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
-    text = tokenizer.token_text(token_id)
-    return text, finite(logprob), list(text.encode())
+    return tokenizer.token_text(token_id), finite(logprob), list(tokenizer.token_bytes(token_id))

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from flowkv.errors import ModelError, RequestError
 from flowkv.server.chat_template import ChatTemplate
 from flowkv.server.detokenizer import Detokenizer, WindowDetokenizer
+from flowkv.server.token_bytes import token_bytes
 
 SENTENCEPIECE_SPACE = "\u2581"
 
@@ -34,6 +35,10 @@ class Tokenizer(Protocol):
 
     def token_text(self, token_id: int) -> str:
         """One token as it would read in the middle of a text."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What it adds to the text in UTF-8; maybe a part of a character."""
         ...
 
     def detokenizer(self, *, skip_special_tokens: bool) -> Detokenizer: ...
@@ -66,6 +71,9 @@ class ModelTokenizer:
 
     def detokenizer(self, *, skip_special_tokens: bool) -> WindowDetokenizer:
         return WindowDetokenizer(self.decode, self._special_ids if skip_special_tokens else frozenset())
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return token_bytes(self.token_text(token_id), self._tokenizer.id_to_token(token_id))
 
     def _token_text(self, token_id: int) -> str:
         text = self.decode([token_id])
