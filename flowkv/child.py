@@ -15,7 +15,10 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what asks the l
 
 
 def child_main(orphaned_folders: list[str], target: Callable[..., object], args: tuple[Any, ...]) -> None:
-    """Run `target`, whose result is the exit status, and end with the launcher if not before.
+    """Run `target`, and end with the launcher if not before.
+
+    A result other than 0 or None says that `target` could not start and has sent `StartFailed`. The process then waits
+    to be stopped, or its end could be seen before its reason is read.
 
     Ctrl-C and a closed terminal reach the whole process group; only the launcher heeds them, and sends SIGTERM.
     `orphaned_folders` are removed at the end if the launcher is dead by then.
@@ -32,7 +35,8 @@ def child_main(orphaned_folders: list[str], target: Callable[..., object], args:
         if not _launcher().is_alive():
             for folder in orphaned_folders:
                 shutil.rmtree(folder, ignore_errors=True)
-    sys.exit(status)  # type: ignore[arg-type]
+    if status:
+        signal.pause()
 
 
 def once(act: Callable[[], None]) -> Callable[[int, object], None]:

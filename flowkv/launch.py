@@ -233,12 +233,13 @@ class Launcher:
                 _logger.warning("the launcher does not take a %s", type(message).__name__)
 
     def _on_start_failed(self, message: StartFailed) -> None:
-        """Fatal while the cluster starts; one that was to replace another is counted when its process ends."""
+        """Fatal while the cluster starts; one that was to replace another is counted when its process has ended."""
         text = f"{message.process}: {message.reason}"
         seat = self._seats.get(message.process)
         if seat is None or seat.epoch == 0:
             raise ConfigError(text)
         self._display.note(text)
+        self._children[message.process].send_signal(signal.SIGTERM)
 
     def _on_exit(self, name: str, child: _Child) -> None:
         """An instance is started again; without its controller or its frontend there is no cluster."""

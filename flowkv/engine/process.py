@@ -4,7 +4,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import zmq
 
@@ -65,12 +65,17 @@ class _ToyModel:
         return ToyRunner(self.layout, pool.buffer, pool.num_blocks, self._step_s)
 
 
-def run_instance(spec: InstanceSpec) -> None:
-    """Load, register, serve until told to stop by SystemExit (the launcher turns SIGTERM into that)."""
+def run_instance(spec: InstanceSpec) -> int:
+    """Load, register, serve until told to stop by SystemExit (the launcher turns SIGTERM into that).
+
+    Returns 1, after `StartFailed`, if it cannot start.
+    """
     context = SyncContext()
     outbox = Outbox(context)
     try:
         instance = _start(spec, context, outbox)
+        if instance is None:
+            return 1
         try:
             instance.run()
         finally:
@@ -80,12 +85,12 @@ def run_instance(spec: InstanceSpec) -> None:
         context.term()
 
 
-def _start(spec: InstanceSpec, context: SyncContext, outbox: Outbox) -> "_Instance":
+def _start(spec: InstanceSpec, context: SyncContext, outbox: Outbox) -> "_Instance | None":
     try:
         return _Instance(spec, context, outbox)
     except FlowKVError as error:
         outbox.send(spec.launcher_address, StartFailed(spec.name, str(error)))
-        raise SystemExit(1) from None
+        return None
 
 
 class _Instance:
@@ -108,7 +113,7 @@ class _Instance:
             Register(peer, spec.role, model.info, layout.block_size, spec.config.engine.max_choices),
         )
 
-    def run(self) -> None:
+    def run(self) -> NoReturn:
         """Messages, completions, a step; and again. Waits only when there is nothing to compute."""
         step_began_s = time.monotonic()
         while True:
