@@ -96,7 +96,8 @@ def test_serves_until_sigterm_and_ends_open_streams(launcher: Launcher, cluster:
     assert '"finish_reason":"abort"' in rest
     assert rest.rstrip().endswith("data: [DONE]")
     assert end_of(process) == (0, b"")
-    cluster.wait_for(lambda: len(cluster.aborts) == 2)
+    # One may come twice: an output that was on its way when its request was forgotten is answered with an abort again.
+    cluster.wait_for(lambda: len(set(cluster.aborts)) == 2)
 
 
 def test_a_busy_port_is_one_line_to_the_launcher(launcher: Launcher) -> None:
