@@ -11,6 +11,7 @@ from flowkv.errors import ConfigError
 from flowkv.types import Role
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+BACKENDS = ("auto", "shm", "nixl")
 DEVICES = ("cpu",)  # more as their kernels come
 
 
@@ -43,6 +44,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return max(self.block_size, self.max_batch_tokens // share)
 
 
+class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How KV moves between instances."""
+
+    backend: str = "auto"  # "shm" where two instances share memory, "nixl" where they do not; or one of them for all
+    lease_s: float = 5.0  # a peer that is silent so long loses its reservations; their blocks wait for its word
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise ValueError(f"transfer.backend is one of {', '.join(BACKENDS)}, not {self.backend!r}")
+        if not 0.1 <= self.lease_s <= 3600:
+            raise ValueError(f"transfer.lease_s is a number of seconds from 0.1 to 3600, not {self.lease_s}")
+
+
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: int = 8000
@@ -69,6 +83,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     mixed: int = 0
     engine: EngineConfig = msgspec.field(default_factory=EngineConfig)
     server: ServerConfig = msgspec.field(default_factory=ServerConfig)
+    transfer: TransferConfig = msgspec.field(default_factory=TransferConfig)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

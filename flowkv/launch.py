@@ -9,6 +9,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import secrets
 import select
 import shutil
 import signal
@@ -102,6 +103,7 @@ class Launcher:
         self._children: dict[str, _Child] = {}
         self._seats: dict[str, _Seat] = {}  # by the name of the instance in it
         self._url = ""
+        self._epoch = secrets.token_hex(8)
         # One server to fork from: with torch for instances of a model; without, it can fork the other processes too.
         self._forkserver = multiprocessing.get_context("forkserver")
         self._forkserver.set_forkserver_preload([__name__ if config.toy else "flowkv.engine.torch_model"])
@@ -141,7 +143,16 @@ class Launcher:
         """The frontend binds its port first, so that a busy one is known before a model is loaded."""
         config = self._config
         addresses = (self._address(CONTROLLER), self._address("launcher"))
-        self._start(CONTROLLER, self._light, run_controller, CONTROLLER, *addresses, len(config.roles))
+        self._start(
+            CONTROLLER,
+            self._light,
+            run_controller,
+            CONTROLLER,
+            *addresses,
+            len(config.roles),
+            self._epoch,
+            config.transfer.backend,
+        )
         server = config.server
         model_folder = None if self._model_folder is None else str(self._model_folder)
         listen = (server.host, server.port, self._address(FRONTEND))
@@ -168,6 +179,8 @@ class Launcher:
             pool_address=f"{self._run_folder}/{name}.pool",
             controller_address=self._address(CONTROLLER),
             launcher_address=self._address("launcher"),
+            epoch=self._epoch,
+            is_networked=False,
         )
 
     def _fill(self, seat: _Seat) -> None:

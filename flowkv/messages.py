@@ -9,7 +9,17 @@ again gets a new epoch in its name, so that a late message can never reach its s
 
 import msgspec
 
-from flowkv.types import InstanceCounters, InstanceLoad, InstanceStatus, ModelInfo, Output, Request, Role
+from flowkv.types import (
+    InstanceCounters,
+    InstanceLoad,
+    InstanceStatus,
+    LinkStatus,
+    ModelInfo,
+    Output,
+    PoolDescriptor,
+    Request,
+    Role,
+)
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -45,19 +55,19 @@ class PeerInfo(Message):
 
     instance: str
     address: str  # mailbox
-    pool_address: str  # where its pool is handed out
-    layout_fingerprint: str
-    num_blocks: int
+    pool: PoolDescriptor
 
 
 class Register(Message):
-    """An instance is ready for work."""
+    """An instance is ready for work; answered by `Registered` or `RegistrationRefused`."""
 
     peer: PeerInfo
     role: Role
     model: ModelInfo
     block_size: int
     max_choices: int  # decoded at once
+    version: str  # of FlowKV
+    epoch: str  # of the cluster: from the controller that this instance was started for
 
 
 class StepSample(Message):
@@ -79,6 +89,7 @@ class LoadReport(Message):
     steps: list[StepSample]
     finished: list[str]  # requests that this instance answered to the end
     handed_over: list[tuple[str, str]] = []  # (request id, instance that now owns it)
+    links: list[LinkStatus] = []  # every link that is up
 
 
 class InstanceExited(Message):
@@ -102,6 +113,16 @@ class Dispatch(Message):
     attempt: int
     frontend_address: str
     decode_instances: list[str]
+
+
+class Registered(Message):
+    """The instance is in service: it is known, and it and every other instance can write to each other."""
+
+
+class RegistrationRefused(Message):
+    """The instance does not belong here, and why, in one line for the user."""
+
+    reason: str
 
 
 class PeerUp(Message):
@@ -158,6 +179,12 @@ class KvReady(Message):
     attempt: int
     num_blocks: int
     output_ids: dict[int, list[int]]
+
+
+class Renew(Message):
+    """P lives: every reservation that it has here is still wanted (its lease begins anew)."""
+
+    source: str
 
 
 class Release(Message):
@@ -252,12 +279,15 @@ AnyMessage = (
     | LoadReport
     | InstanceExited
     | Dispatch
+    | Registered
+    | RegistrationRefused
     | PeerUp
     | PeerDown
     | Reserve
     | Reserved
     | Refused
     | KvReady
+    | Renew
     | Release
     | Cancel
     | CancelAck

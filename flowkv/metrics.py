@@ -25,6 +25,10 @@ LOAD_GAUGES = {
     "free_blocks": ("blocks_free", "KV blocks free"),
     "used_blocks": ("blocks_used", "KV blocks in use, reserved ones included"),
     "reserved_blocks": ("blocks_reserved", "KV blocks being filled by a peer"),
+    "quarantined_blocks": (
+        "blocks_quarantined",
+        "KV blocks given up whose writer has not acknowledged it: not to be used before it has",
+    ),
 }
 COUNTERS = {
     "num_steps": ("steps", "Steps"),
@@ -40,6 +44,15 @@ COUNTERS = {
     "transfer_exposed_seconds": ("transfer_exposed_seconds", "Time in transfers after the last chunk was computed"),
     "num_transfers": ("transfers", "Requests handed to another instance"),
     "num_local_fallbacks": ("local_fallbacks", "Requests decoded where they were prefilled for want of room"),
+    "num_expired_leases": (
+        "expired_leases",
+        "Reservations given up because the peer that was to fill them fell silent",
+    ),
+}
+LINK_COUNTERS = {
+    "num_bytes": ("bytes", "KV bytes written to the peer"),
+    "num_calls": ("calls", "Calls that wrote them, one a run"),
+    "seconds": ("seconds", "Time spent writing them"),
 }
 
 
@@ -59,6 +72,17 @@ class InstancesCollector(Collector):
             counter = CounterMetricFamily(f"flowkv_instance_{name}", text, labels=["instance", "role"])
             for status in statuses:
                 counter.add_metric([status.name, status.role], getattr(status.counters, field))
+            yield counter
+        yield from self._links(statuses)
+
+    @staticmethod
+    def _links(statuses: list[InstanceStatus]) -> Iterator[Metric]:
+        """One series a direction; a link that is up is there, with zeros if need be."""
+        for field, (name, text) in LINK_COUNTERS.items():
+            counter = CounterMetricFamily(f"flowkv_link_{name}", text, labels=["instance", "peer", "backend"])
+            for status in statuses:
+                for link in status.links:
+                    counter.add_metric([status.name, link.peer, link.backend], getattr(link, field))
             yield counter
 
     @staticmethod

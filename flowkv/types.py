@@ -104,6 +104,29 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_model_tokens: int
 
 
+class PoolDescriptor(msgspec.Struct, frozen=True, kw_only=True):
+    """What a peer must know of a KV pool to write into it. Its owner alone has the pool itself (`kv.pool.KvPool`).
+
+    `endpoints` says by name of a transfer backend how the pool is reached, in bytes that only that backend reads.
+    """
+
+    node: str  # equal for two pools that can be mapped by the same processes (`transfer.select.node_identity`)
+    layout_fingerprint: str
+    num_blocks: int
+    block_bytes: int
+    endpoints: dict[str, bytes]
+
+
+class LinkStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One direction between two instances: what was written to `peer`, and by which backend."""
+
+    peer: str
+    backend: str
+    num_bytes: int = 0
+    num_calls: int = 0
+    seconds: float = 0.0  # spent moving
+
+
 class InstanceLoad(msgspec.Struct, frozen=True, kw_only=True):
     """An instance's own count of what it holds at one moment."""
 
@@ -116,6 +139,7 @@ class InstanceLoad(msgspec.Struct, frozen=True, kw_only=True):
     free_blocks: int = 0
     used_blocks: int = 0
     reserved_blocks: int = 0  # of the used: being filled by a peer
+    quarantined_blocks: int = 0  # of the reserved: given up here, not acknowledged by the peer that may write them
 
 
 class InstanceCounters(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,6 +158,7 @@ class InstanceCounters(msgspec.Struct, frozen=True, kw_only=True):
     transfer_exposed_seconds: float = 0.0  # of these, after the last chunk was computed
     num_transfers: int = 0
     num_local_fallbacks: int = 0  # no decode instance had room: prefilled and decoded here
+    num_expired_leases: int = 0  # reservations given up because the peer that was to fill them fell silent
 
 
 class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,3 +170,4 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     load: InstanceLoad
     counters: InstanceCounters
+    links: list[LinkStatus] = []

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+from flowkv import __version__
 from flowkv.cluster.controller import Controller
 from flowkv.config import EngineConfig
 from flowkv.engine.batch import Batch, Runner
-from flowkv.engine.effects import Connect, Disconnect, Effect, Send, Write
+from flowkv.engine.effects import CancelWrite, Connect, Disconnect, Effect, Expect, Forget, Send, Write
 from flowkv.engine.engine import Engine
 from flowkv.engine.toy import ToyRunner, toy_layout
 from flowkv.kv.layout import KvLayout
@@ -26,13 +27,14 @@ from flowkv.messages import (
     Outputs,
     PeerInfo,
     Register,
+    Registered,
     Rejected,
     Submit,
 )
 from flowkv.transfer.local import LocalTransfer
 from flowkv.types import FinishReason, ModelInfo, Output, Request, Role, SamplingParams, TokenLogprobs
 
-CONTROLLER, FRONTEND, LAUNCHER = "controller", "frontend", "launcher"
+CONTROLLER, FRONTEND, LAUNCHER, EPOCH = "controller", "frontend", "launcher", "epoch"
 RunnerFactory = Callable[[KvLayout, memoryview, int], Runner]
 
 
@@ -82,9 +84,9 @@ class Node:
         self.role = role
         buffer = memoryview(bytearray(num_blocks * layout.block_bytes))
         self.runner = make_runner(layout, buffer, num_blocks)
-        self.transfer = LocalTransfer(network, name, buffer, layout.block_bytes)
+        self.transfer = LocalTransfer(network, name, buffer, layout.block_bytes, layout.fingerprint)
         self.engine = Engine(name, config, num_blocks, role, CONTROLLER)
-        self.peer = PeerInfo(name, name, name, layout.fingerprint, num_blocks)
+        self.peer = PeerInfo(name, name, self.transfer.descriptor)
         self.batch: Batch | None = None
         self.writes: deque[Write] = deque()
 
@@ -104,7 +106,7 @@ class Cluster:
         self.config = config or EngineConfig(block_size=4, max_batch_tokens=16, max_choices=8)
         self.random = None if seed is None else random.Random(seed)
         self.now_s = 0.0
-        self.controller = Controller(len(roles), LAUNCHER)
+        self.controller = Controller(len(roles), EPOCH, "local")
         layout = layout or toy_layout(self.config.block_size)
         network: dict[str, LocalTransfer] = {}
         self.nodes: dict[str, Node] = {}
@@ -119,8 +121,10 @@ class Cluster:
             self.nodes[node.name] = node
             model = ModelInfo(name="toy", dtype="toy", vocab_size=256, max_model_tokens=4096)
             self._post(
-                node.name, CONTROLLER, Register(node.peer, role, model, self.config.block_size, self.config.max_choices)
-            )
+                node.name, CONTROLLER, Register(
+                    node.peer, role, model, self.config.block_size, self.config.max_choices, __version__, EPOCH
+                ),
+            )  # fmt: skip
         if settled:
             self.run()
 
@@ -206,7 +210,7 @@ class Cluster:
                 self._post(CONTROLLER, address, out)
         elif receiver == FRONTEND:
             self._hear(message)
-        elif receiver in self.nodes:
+        elif receiver in self.nodes and not isinstance(message, Registered):  # what the process around it takes
             self.nodes[receiver].engine.handle(message, self.now_s)
             self._carry_out(self.nodes[receiver])
 
@@ -227,9 +231,11 @@ class Cluster:
         node.transfer.submit(write.ticket, write.peer, write.runs, write.immediate)
 
     def _complete(self, node: Node) -> None:
-        written, arrived = node.transfer.poll()
+        written, arrived, linked = node.transfer.poll()
+        for link in linked:
+            node.engine.on_linked(link, self.now_s)
         for completion in written:
-            node.engine.on_written(completion)
+            node.engine.on_written(completion, self.now_s)
         for arrival in arrived:
             node.engine.on_arrived(arrival, self.now_s)
         self._carry_out(node)
@@ -246,7 +252,13 @@ class Cluster:
             case Write():
                 node.writes.append(effect)
             case Connect():
-                node.transfer.connect(effect.peer.instance, effect.peer.pool_address)
+                node.transfer.connect(effect.peer.instance, effect.peer.pool)
+            case CancelWrite():
+                node.transfer.cancel(effect.ticket)
+            case Expect():
+                node.transfer.expect(effect.immediate)
+            case Forget():
+                node.transfer.forget(effect.immediate)
             case Disconnect():
                 node.transfer.disconnect(effect.peer.instance)
 

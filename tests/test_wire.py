@@ -22,6 +22,7 @@ from flowkv.types import (
     TokenLogprobs,
 )
 from flowkv.wire import AsyncMailbox, Mailbox, Outbox, SyncContext, decode, encode
+from tests.pools import descriptor
 
 MODEL = ModelInfo(name="toy", dtype="float32", vocab_size=256, max_model_tokens=512)
 REQUEST = Request(
@@ -29,7 +30,7 @@ REQUEST = Request(
     prompt_ids=[1, 2, 3],
     sampling=SamplingParams(max_tokens=4, stop_token_ids=frozenset({7}), logprobs=2),
 )
-PEER = m.PeerInfo("p0.1", "ipc:///run/p0", "/run/p0.pool", "abcd", 64)
+PEER = m.PeerInfo("p0.1", "ipc:///run/p0", descriptor("p0.1"))
 LOGPROBS = TokenLogprobs(5, -0.25, [(5, -0.25), (6, -2.0)])
 OUTPUT = Output("r0", 1, 0, 3, [5], FinishReason.STOP, 5, [LOGPROBS], [LOGPROBS], "why")
 STATUS = InstanceStatus(
@@ -45,7 +46,10 @@ EXAMPLES: list[m.AnyMessage] = [
     m.Submit("f0", REQUEST),
     m.Abort("r0", 2),
     PEER,
-    m.Register(PEER, Role.DECODE, MODEL, 16, 256),
+    m.Register(PEER, Role.DECODE, MODEL, 16, 256, "0.1", "epoch"),
+    m.Registered(),
+    m.RegistrationRefused("another model"),
+    m.Renew("p0.1"),
     m.StepSample(1, 2, 3, 0.5),
     m.LoadReport("p0.1", 3, InstanceLoad(), InstanceCounters(), [m.StepSample(1, 2, 3, 0.5)], ["r0"], [("r1", "d0.1")]),
     m.InstanceExited("p0.1", "killed"),

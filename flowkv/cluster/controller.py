@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+from flowkv import __version__
 from flowkv.cluster.load import InstanceView
 from flowkv.cluster.scheduler import Placement, place
-from flowkv.errors import ProtocolError
+from flowkv.errors import ProtocolError, TransferError
 from flowkv.messages import (
     Abort,
     Accepted,
@@ -16,12 +17,13 @@ from flowkv.messages import (
     Message,
     PeerDown,
     PeerUp,
-    Ready,
     Register,
+    Registered,
+    RegistrationRefused,
     Rejected,
-    StartFailed,
     Submit,
 )
+from flowkv.transfer.backends import choose_backend
 from flowkv.types import InstanceLoad, ModelInfo, Request
 
 _STATUS_INTERVAL_S = 0.25
@@ -41,12 +43,14 @@ class Assignment:
 class Controller:
     """Messages in by `handle`, messages out by `take_messages` as (address, message) pairs.
 
-    `num_instances` is how many must register before the cluster is ready.
+    `num_instances` is how many must be in service before the cluster is ready, `epoch` what instances of this cluster
+    were started with, and `backend` is `TransferConfig.backend`.
     """
 
-    def __init__(self, num_instances: int, launcher_address: str) -> None:
+    def __init__(self, num_instances: int, epoch: str, backend: str) -> None:
         self._num_instances = num_instances
-        self._launcher_address = launcher_address
+        self._epoch = epoch
+        self._backend = backend
         self._frontends: dict[str, str] = {}  # name -> address
         self._views: dict[str, InstanceView] = {}
         self._dead: set[str] = set()
@@ -104,11 +108,12 @@ class Controller:
         if request.request_id in self._assignments or request.request_id in self._settled:
             self._send(address, Accepted(request.request_id))
             return
-        if not self._views:
+        views = [view for view in self._views.values() if view.is_in_service]
+        if not views:
             reason = "no instance is ready" if not self._was_complete else "every instance is down"
             self._send(address, Rejected(request.request_id, 503, reason, "unavailable"))
             return
-        placement = place(request, self._views.values())
+        placement = place(request, views)
         if placement is None:
             self._send(address, self._too_large(request))
             return
@@ -131,7 +136,7 @@ class Controller:
         if request.sampling.n > most:
             text = f"n ({request.sampling.n}) is more than the {most} choices that an instance decodes at once"
             return Rejected(request.request_id, 400, text, "too_many_choices", "n")
-        room = max(view.peer.num_blocks * view.block_size for view in self._views.values())
+        room = max(view.peer.pool.num_blocks * view.block_size for view in self._views.values())
         text = (
             f"prompt ({len(request.prompt_ids)} tokens) and max_tokens ({request.sampling.max_tokens}) together need "
             f"more than the {room} tokens that the largest KV pool holds"
@@ -152,32 +157,58 @@ class Controller:
         if name in self._dead:
             return  # the news of its end came first
         if (reason := self._mismatch(message)) is not None:
-            self._send(self._launcher_address, StartFailed(name, reason))
+            self._send(message.peer.address, RegistrationRefused(reason))
             return
         self._model = message.model
-        load = InstanceLoad(free_blocks=message.peer.num_blocks)
+        load = InstanceLoad(free_blocks=message.peer.pool.num_blocks)
         newcomer = InstanceView(message.peer, message.role, message.block_size, message.max_choices, load)
         for view in self._views.values():
             self._send(view.peer.address, PeerUp(message.peer))
             self._send(message.peer.address, PeerUp(view.peer))
         self._views[name] = newcomer
-        self._was_complete = self._was_complete or len(self._views) >= self._num_instances
-        self._send(self._launcher_address, Ready(name))
-        self._broadcast_status()
+        self._admit(newcomer)
 
     def _mismatch(self, message: Register) -> str | None:
-        """Why KV cannot pass between this instance and those that are here."""
-        for view in self._views.values():
-            if view.peer.layout_fingerprint != message.peer.layout_fingerprint:
-                return f"{message.peer.instance} has another KV layout than {view.name}"
+        """Why this instance does not belong here, or why KV cannot pass between it and those that do."""
+        if message.version != __version__:
+            return f"it runs FlowKV {message.version}, this cluster {__version__}"
+        if message.epoch != self._epoch:
+            return f"it was started for another cluster or an earlier one (epoch {message.epoch}, here {self._epoch})"
         if self._model is not None and self._model != message.model:
-            return f"{message.peer.instance} serves {message.model}, the others {self._model}"
+            return f"it serves {message.model}, the others {self._model}"
+        return next((reason for view in self._views.values() if (reason := self._pool_mismatch(message, view))), None)
+
+    def _pool_mismatch(self, message: Register, view: InstanceView) -> str | None:
+        mine, theirs = message.peer.pool, view.peer.pool
+        if message.block_size != view.block_size:
+            return f"its blocks hold {message.block_size} tokens, those of {view.name} {view.block_size}"
+        if (mine.layout_fingerprint, mine.block_bytes) != (theirs.layout_fingerprint, theirs.block_bytes):
+            return f"it has another KV layout than {view.name}"
+        try:
+            choose_backend(mine, theirs, self._backend)
+        except TransferError as error:
+            return str(error)
         return None
+
+    def _admit_newcomers(self) -> None:
+        for newcomer in [view for view in self._views.values() if not view.is_in_service]:
+            self._admit(newcomer)
+
+    def _admit(self, newcomer: InstanceView) -> None:
+        """Into service with the links that it needs: the first request must not wait for a connection."""
+        others = [view for view in self._views.values() if view.is_in_service]
+        if not all(newcomer.is_linked_to(view) and view.is_linked_to(newcomer) for view in others):
+            return
+        newcomer.is_in_service = True
+        self._was_complete = self._was_complete or len(others) + 1 >= self._num_instances
+        self._send(newcomer.peer.address, Registered())
+        self._broadcast_status()
 
     def _on_load_report(self, message: LoadReport) -> None:
         if (view := self._views.get(message.instance)) is None:
             return  # it died; what it held is settled
         view.apply(message)
+        self._admit_newcomers()
         for request_id, owner in message.handed_over:
             self._on_handed_over(request_id, owner)
         for request_id in message.finished:
@@ -201,6 +232,7 @@ class Controller:
             self._send(view.peer.address, PeerDown(message.instance))
         for request_id in [r for r, a in self._assignments.items() if a.owner == message.instance]:
             self._fail(request_id, message.instance)
+        self._admit_newcomers()
         self._broadcast_status()
 
     def _fail(self, request_id: str, instance: str) -> None:
@@ -225,11 +257,12 @@ class Controller:
     # --- status ----------------------------------------------------------------------------------------------------
 
     def _status(self) -> ClusterStatus:
-        room = max((view.peer.num_blocks * view.block_size for view in self._views.values()), default=0)
+        room = max((view.peer.pool.num_blocks * view.block_size for view in self._views.values()), default=0)
         if self._model is not None:
             room = min(room, self._model.max_model_tokens)
         statuses = [view.status() for view in self._views.values()]
-        return ClusterStatus(self._was_complete and bool(self._views), self._model, room, statuses)
+        is_ready = self._was_complete and any(view.is_in_service for view in self._views.values())
+        return ClusterStatus(is_ready, self._model, room, statuses)
 
     def _broadcast_status(self) -> None:
         for address in self._frontends.values():

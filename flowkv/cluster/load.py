@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from flowkv.cost import StepCost
 from flowkv.messages import LoadReport, PeerInfo
-from flowkv.types import InstanceCounters, InstanceLoad, InstanceStatus, Request, Role
+from flowkv.types import InstanceCounters, InstanceLoad, InstanceStatus, LinkStatus, Request, Role
 
 
 @dataclass(slots=True)
@@ -22,6 +22,8 @@ class InstanceView:
     max_choices: int
     load: InstanceLoad
     counters: InstanceCounters = field(default_factory=InstanceCounters)
+    links: list[LinkStatus] = field(default_factory=list)
+    is_in_service: bool = False  # it and every other instance in service can write to each other
     cost: StepCost = field(default_factory=StepCost)
     next_sequence: int = 1
     unseen: deque[tuple[int, int]] = field(default_factory=deque)  # (sequence, prompt tokens) not echoed yet
@@ -49,8 +51,11 @@ class InstanceView:
         """What is left when everything on its way has arrived; may be negative."""
         return self.load.free_blocks - sum(self.expected.values())
 
+    def is_linked_to(self, peer: "InstanceView") -> bool:
+        return any(link.peer == peer.name for link in self.links)
+
     def can_hold(self, request: Request) -> bool:
-        fits = self.num_blocks_for(request.max_total_tokens) <= self.peer.num_blocks
+        fits = self.num_blocks_for(request.max_total_tokens) <= self.peer.pool.num_blocks
         return fits and request.sampling.n <= self.max_choices
 
     def predicted_ttft_s(self, request: Request) -> float:
@@ -64,7 +69,7 @@ class InstanceView:
         return sequence
 
     def apply(self, report: LoadReport) -> None:
-        self.load, self.counters = report.load, report.counters
+        self.load, self.counters, self.links = report.load, report.counters, report.links
         while self.unseen and self.unseen[0][0] <= report.sequence:
             self.unseen.popleft()
         for step in report.steps:
@@ -74,8 +79,9 @@ class InstanceView:
         return InstanceStatus(
             name=self.name,
             role=self.role,
-            num_blocks=self.peer.num_blocks,
+            num_blocks=self.peer.pool.num_blocks,
             block_size=self.block_size,
             load=self.load,
             counters=self.counters,
+            links=self.links,
         )

@@ -15,12 +15,14 @@ _BEAT_MS = 250
 _logger = logging.getLogger(__name__)
 
 
-def run_controller(name: str, address: str, launcher_address: str, num_instances: int) -> None:
+def run_controller(
+    name: str, address: str, launcher_address: str, num_instances: int, epoch: str, backend: str
+) -> None:
     """Serve until SystemExit."""
     context = SyncContext()
     outbox = Outbox(context)
     mailbox = Mailbox(context, address)
-    controller = Controller(num_instances, launcher_address)
+    controller = Controller(num_instances, epoch, backend)
     outbox.send(launcher_address, Ready(name))
     poller = zmq.Poller()
     poller.register(mailbox.socket, zmq.POLLIN)

@@ -23,7 +23,30 @@ class Write:
 
 
 @dataclass(frozen=True, slots=True)
+class CancelWrite:
+    """Nobody wants this `Write` any more; `Engine.on_written(ticket)` says when it is over."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """Blocks will arrive under `immediate`. Comes before the message that tells the peer of it."""
+
+    immediate: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """No more blocks will arrive under `immediate`."""
+
+    immediate: int
+
+
+@dataclass(frozen=True, slots=True)
 class Connect:
+    """Make a link into a peer's pool; `Engine.on_linked` when it is there."""
+
     peer: PeerInfo
 
 
@@ -32,4 +55,4 @@ class Disconnect:
     peer: PeerInfo
 
 
-Effect = Send | Write | Connect | Disconnect
+Effect = Send | Write | CancelWrite | Expect | Forget | Connect | Disconnect

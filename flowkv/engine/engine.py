@@ -6,7 +6,7 @@ handled; blocks that the batch in flight writes are not given to anyone else bef
 
 from itertools import count
 
-from flowkv.config import EngineConfig
+from flowkv.config import EngineConfig, TransferConfig
 from flowkv.engine.batch import Batch, BatchItem, BatchResult, ItemResult
 from flowkv.engine.effects import Connect, Disconnect, Effect, Send
 from flowkv.engine.handoff_receiver import HandoffReceiver, Incoming
@@ -32,15 +32,24 @@ from flowkv.messages import (
     Reserve,
     Reserved,
 )
-from flowkv.transfer.base import Arrived, Written
+from flowkv.transfer.base import Arrived, Linked, Written
 from flowkv.types import NO_TOKEN, FinishReason, InstanceCounters, InstanceLoad, Output, Role, TokenLogprobs
 
 
 class Engine:
     """The requests, the blocks and the handoffs of one instance."""
 
-    def __init__(self, name: str, config: EngineConfig, num_blocks: int, role: Role, controller_address: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: EngineConfig,
+        num_blocks: int,
+        role: Role,
+        controller_address: str,
+        lease_s: float = TransferConfig().lease_s,
+    ) -> None:
         self.name = name
+        self._lease_s = lease_s
         self.blocks = BlockManager(num_blocks, config.block_size)
         self.scheduler = HybridScheduler(config, self.blocks, role)
         self._config = config
@@ -87,10 +96,17 @@ class Engine:
                 raise ProtocolError(f"an instance does not take a {type(message).__name__}")
         self._report(now_s)
 
-    def on_written(self, written: Written) -> None:
+    def on_linked(self, linked: Linked, now_s: float) -> None:
+        """A peer's pool can be written to: the controller waits for this before it places anything here."""
+        self._sender.links.up(linked)
+        self._reporter.is_due = True
+        self._report(now_s)
+
+    def on_written(self, written: Written, now_s: float) -> None:
         """A `Write` effect is done: its source blocks are no longer read."""
         self._sender.on_written(written)
         self._sweep()
+        self._report(now_s)
 
     def on_arrived(self, arrived: Arrived, now_s: float) -> None:
         """A peer has written blocks into this instance's pool."""
@@ -125,7 +141,7 @@ class Engine:
         self._report(now_s)
 
     def tick(self, now_s: float) -> None:
-        """Called at a slow beat while idle, so that the controller hears from this instance."""
+        """Called between steps, and at a slow beat while idle, so that others hear from this instance."""
         self._report(now_s)
 
     # --- out -------------------------------------------------------------------------------------------------------
@@ -218,7 +234,6 @@ class Engine:
             self._sweep()
 
     def _on_peer_up(self, message: PeerUp) -> None:
-        self._sender.reachable.add(message.peer.instance)
         self._effects.append(Connect(message.peer))
         self._effects += self._peers.up(message.peer)
 
@@ -399,6 +414,6 @@ class Engine:
         self._effects += self._peers.send(instance, message)
 
     def _report(self, now_s: float) -> None:
-        report = self._reporter.report(now_s, lambda: self.load, lambda: self.counters)
+        report = self._reporter.report(now_s, lambda: self.load, lambda: self.counters, self._sender.links.statuses)
         if report is not None:
             self._effects.append(report)

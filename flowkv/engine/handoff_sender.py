@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from flowkv.engine.effects import Write
+from flowkv.engine.links import Links
 from flowkv.engine.sequence import Sequence
 from flowkv.messages import Cancel, CancelAck, KvReady, Message, Refused, Release, Reserve, Reserved
 from flowkv.transfer.base import Written
@@ -85,7 +86,7 @@ class HandoffSender:
         self._num_in_flight: dict[str, int] = {}  # writes, by request
         self._attempts = count(1)
         self._tickets = count(1)
-        self.reachable: set[str] = set()  # peers that are up
+        self.links = Links()
         self.counters = TransferCounters()
 
     @property
@@ -193,6 +194,7 @@ class HandoffSender:
         remaining = self._num_in_flight.pop(transfer.request_id) - 1
         if remaining:
             self._num_in_flight[transfer.request_id] = remaining
+        self.links.count(transfer.peer, written.num_bytes, 0, written.seconds)
         self.counters.num_bytes += written.num_bytes
         self.counters.seconds += written.seconds
         if outgoing.choices is not None:
@@ -203,7 +205,7 @@ class HandoffSender:
 
     def on_peer_down(self, peer: str) -> None:
         """What it had not taken over goes elsewhere; the KV is still here."""
-        self.reachable.discard(peer)
+        self.links.down(peer)
         for transfer in [t for t in self._transfers.values() if t.peer == peer]:
             was_closing, transfer.is_closing = transfer.is_closing, True
             if not transfer.in_flight:
@@ -213,7 +215,7 @@ class HandoffSender:
 
     def _reserve_next(self, outgoing: Outgoing) -> None:
         outgoing.transfer = None
-        while outgoing.candidates and outgoing.candidates[0] not in self.reachable:
+        while outgoing.candidates and not self.links.is_up(outgoing.candidates[0]):
             outgoing.candidates.pop(0)
         if not outgoing.candidates:
             if outgoing.choices is not None:
@@ -240,6 +242,7 @@ class HandoffSender:
             runs = plan_runs(sequence.block_table[part], transfer.dst_blocks[part])
             transfer.num_sent_blocks = done
             self.counters.num_calls += len(runs)
+            self.links.count(transfer.peer, 0, len(runs), 0.0)
             self._post(Write(next(self._tickets), transfer.peer, runs, transfer.immediate), transfer, outgoing)
         if outgoing.choices is not None and not transfer.is_announced:
             transfer.is_announced = True

@@ -8,16 +8,17 @@ from typing import NoReturn, Protocol
 
 import zmq
 
+from flowkv import __version__
 from flowkv.config import ClusterConfig, parse_bytes
 from flowkv.engine.batch import Runner
-from flowkv.engine.effects import Connect, Disconnect, Effect, Send, Write
+from flowkv.engine.effects import CancelWrite, Connect, Disconnect, Effect, Expect, Forget, Send, Write
 from flowkv.engine.engine import Engine
 from flowkv.engine.toy import MAX_MODEL_TOKENS, VOCAB_SIZE, ToyRunner, toy_layout
-from flowkv.errors import FlowKVError, PoolError, ProtocolError
+from flowkv.errors import FlowKVError, PoolError, ProtocolError, TransferError
 from flowkv.kv.layout import KvLayout
 from flowkv.kv.pool import KvPool, available_memory_bytes
-from flowkv.messages import PeerInfo, Progress, Register, StartFailed
-from flowkv.transfer.shm import ShmTransfer
+from flowkv.messages import Message, PeerInfo, Progress, Ready, Register, Registered, RegistrationRefused, StartFailed
+from flowkv.transfer.select import open_transfer
 from flowkv.types import ModelInfo, Role
 from flowkv.wire import Mailbox, Outbox, SyncContext
 
@@ -39,9 +40,11 @@ class InstanceSpec:
     model_name: str
     threads: int
     address: str
-    pool_address: str
+    pool_address: str  # of the Unix socket that hands its pool out
     controller_address: str
     launcher_address: str
+    epoch: str  # of the cluster
+    is_networked: bool  # instances on other nodes may come
 
 
 class _Model(Protocol):
@@ -101,17 +104,21 @@ class _Instance:
         layout = model.layout
         pool = self._make_pool(layout, model.info)
         self._runner = model.runner(pool)
-        self._transfer = ShmTransfer(pool, spec.pool_address)
+        self._transfer = open_transfer(
+            spec.name, pool, layout.fingerprint, spec.pool_address, spec.config.transfer.backend, spec.is_networked
+        )
         self._mailbox = Mailbox(context, spec.address)
-        self._engine = Engine(spec.name, spec.config.engine, pool.num_blocks, spec.role, spec.controller_address)
+        self._engine = Engine(
+            spec.name, spec.config.engine, pool.num_blocks, spec.role, spec.controller_address,
+            spec.config.transfer.lease_s,
+        )  # fmt: skip
         self._poller = zmq.Poller()
         self._poller.register(self._mailbox.socket, zmq.POLLIN)
         self._polled: list[int] = []
-        peer = PeerInfo(spec.name, spec.address, spec.pool_address, layout.fingerprint, pool.num_blocks)
-        outbox.send(
-            spec.controller_address,
-            Register(peer, spec.role, model.info, layout.block_size, spec.config.engine.max_choices),
-        )
+        peer = PeerInfo(spec.name, self._mailbox.address, self._transfer.descriptor)
+        max_choices = spec.config.engine.max_choices
+        register = Register(peer, spec.role, model.info, layout.block_size, max_choices, __version__, spec.epoch)
+        outbox.send(spec.controller_address, register)
 
     def run(self) -> NoReturn:
         """Messages, completions, a step; and again. Waits only when there is nothing to compute."""
@@ -137,15 +144,28 @@ class _Instance:
 
     def _take_messages(self) -> None:
         for message in self._mailbox.receive_all():
-            try:
-                self._engine.handle(message, time.monotonic())
-            except ProtocolError as error:
-                _logger.warning("%s ignored a message: %s", self._spec.name, error)
-        written, arrived = self._transfer.poll()
+            self._take_message(message)
+        written, arrived, linked = self._transfer.poll()
+        for link in linked:
+            self._engine.on_linked(link, time.monotonic())
         for completion in written:
-            self._engine.on_written(completion)
+            self._engine.on_written(completion, time.monotonic())
         for arrival in arrived:
             self._engine.on_arrived(arrival, time.monotonic())
+        self._engine.tick(time.monotonic())
+
+    def _take_message(self, message: Message) -> None:
+        name, launcher = self._spec.name, self._spec.launcher_address
+        match message:
+            case Registered():
+                self._outbox.send(launcher, Ready(name))
+            case RegistrationRefused():
+                self._outbox.send(launcher, StartFailed(name, message.reason))
+            case _:
+                try:
+                    self._engine.handle(message, time.monotonic())
+                except ProtocolError as error:
+                    _logger.warning("%s ignored a message: %s", name, error)
 
     def _carry_out(self) -> None:
         for effect in self._engine.take_effects():
@@ -159,11 +179,24 @@ class _Instance:
                 self._outbox.send(effect.address, effect.message)
             case Write():
                 self._transfer.submit(effect.ticket, effect.peer, effect.runs, effect.immediate)
+            case CancelWrite():
+                self._transfer.cancel(effect.ticket)
+            case Expect():
+                self._transfer.expect(effect.immediate)
+            case Forget():
+                self._transfer.forget(effect.immediate)
             case Connect():
-                self._transfer.connect(effect.peer.instance, effect.peer.pool_address)
+                self._connect(effect.peer)
             case Disconnect():
                 self._transfer.disconnect(effect.peer.instance)
                 self._outbox.drop(effect.peer.address)
+
+    def _connect(self, peer: PeerInfo) -> None:
+        """A link that cannot be made leaves both instances without each other, and says so."""
+        try:
+            self._transfer.connect(peer.instance, peer.pool)
+        except TransferError as error:
+            _logger.warning("%s cannot write to %s: %s", self._spec.name, peer.instance, error)
 
     def _wait(self) -> None:
         """Until a message or a completion is there, or for a beat."""
@@ -174,7 +207,6 @@ class _Instance:
                 self._poller.register(fd, zmq.POLLIN)
             self._polled = filenos
         self._poller.poll(_BEAT_MS)
-        self._engine.tick(time.monotonic())
 
     def _load(self) -> _Model:
         spec = self._spec

@@ -6,7 +6,7 @@ from flowkv.engine.batch import Batch, BatchResult
 from flowkv.engine.effects import Send
 from flowkv.engine.handoff_sender import TransferCounters
 from flowkv.messages import LoadReport, StepSample
-from flowkv.types import InstanceCounters, InstanceLoad
+from flowkv.types import InstanceCounters, InstanceLoad, LinkStatus
 
 _BUSY_INTERVAL_S = 0.02
 _IDLE_INTERVAL_S = 1.0
@@ -22,6 +22,7 @@ class Reporter:
         self._steps: list[StepSample] = []
         self._reported_sequence = 0
         self.dispatch_sequence = 0  # of the last Dispatch that was handled
+        self.is_due = False  # something has happened that should be known at once
         self.finished: list[str] = []
         self.handed_over: list[tuple[str, str]] = []
         self._num_steps = self._prefill_tokens = self._decode_tokens = 0
@@ -57,21 +58,33 @@ class Reporter:
         )
 
     def report(
-        self, now_s: float, load: Callable[[], InstanceLoad], counters: Callable[[], InstanceCounters]
+        self,
+        now_s: float,
+        load: Callable[[], InstanceLoad],
+        counters: Callable[[], InstanceCounters],
+        links: Callable[[], list[LinkStatus]],
     ) -> Send | None:
-        """The report that is due now, if any; `load` and `counters` are asked only then."""
-        if not self._is_due(now_s):
+        """The report that is due now, if any; `load`, `counters` and `links` are asked only then."""
+        if not self._is_due_at(now_s):
             return None
         report = LoadReport(
-            self._name, self.dispatch_sequence, load(), counters(), self._steps, self.finished, self.handed_over
+            self._name,
+            self.dispatch_sequence,
+            load(),
+            counters(),
+            self._steps,
+            self.finished,
+            self.handed_over,
+            links(),
         )
+        self.is_due = False
         self._last_report_s = now_s
         self._reported_sequence = self.dispatch_sequence
         self._steps, self.finished, self.handed_over = [], [], []
         return Send(self._address, report)
 
-    def _is_due(self, now_s: float) -> bool:
+    def _is_due_at(self, now_s: float) -> bool:
         since_s = now_s - self._last_report_s
-        if self.finished or self.handed_over or since_s >= _IDLE_INTERVAL_S:
+        if self.is_due or self.finished or self.handed_over or since_s >= _IDLE_INTERVAL_S:
             return True
         return since_s >= _BUSY_INTERVAL_S and bool(self._steps or self.dispatch_sequence != self._reported_sequence)

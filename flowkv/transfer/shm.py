@@ -19,8 +19,10 @@ import numpy as np
 
 from flowkv.errors import TransferError
 from flowkv.kv.pool import KvPool
-from flowkv.transfer.base import Arrived, Written
+from flowkv.transfer.backends import SHM
+from flowkv.transfer.base import Arrived, Completions, Linked, Written
 from flowkv.transfer.plan import Run
+from flowkv.types import PoolDescriptor
 
 _ARRIVED = struct.Struct("<QI")  # immediate, number of blocks
 _POOL = struct.Struct("<QQ")  # number of blocks, bytes a block
@@ -37,23 +39,53 @@ class _Submission:
     immediate: int
 
 
+class _Done:
+    """What threads have done, for `poll`; `fileno` is readable while there is something."""
+
+    def __init__(self) -> None:
+        self._items: queue.SimpleQueue[Written | Linked] = queue.SimpleQueue()
+        self.fileno = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def put(self, item: Written | Linked) -> None:
+        self._items.put(item)
+        self.wake()
+
+    def wake(self) -> None:
+        os.eventfd_write(self.fileno, 1)
+
+    def take(self) -> list[Written | Linked]:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.fileno)
+        items = []
+        while not self._items.empty():
+            items.append(self._items.get())
+        return items
+
+    def close(self) -> None:
+        os.close(self.fileno)
+
+
 class _Link:
     """This process's way into one peer's pool: a thread that connects, and then copies while steps run."""
 
-    def __init__(self, source: KvPool, pool_address: str, done: "queue.SimpleQueue[Written]", wake_fd: int) -> None:
+    def __init__(self, peer: str, pool_address: str, source: KvPool, done: "_Done") -> None:
+        self._peer_name = peer
         self._address = pool_address
         self._source = np.frombuffer(source.buffer, np.uint8)
         self._block_bytes = source.block_bytes
         self._done = done
-        self._wake_fd = wake_fd
         self._closed = threading.Event()
         self._peer: tuple[socket.socket, KvPool] | None = None  # once connected
         self._submissions: queue.SimpleQueue[_Submission | None] = queue.SimpleQueue()
+        self._cancelled: set[int] = set()  # tickets; each leaves with its submission
         self._thread = threading.Thread(target=self._run, name="flowkv-link", daemon=True)
         self._thread.start()
 
     def submit(self, submission: _Submission) -> None:
         self._submissions.put(submission)
+
+    def cancel(self, ticket: int) -> None:
+        self._cancelled.add(ticket)
 
     def close(self) -> None:
         """What is still queued completes unsent."""
@@ -68,14 +100,20 @@ class _Link:
 
     def _run(self) -> None:
         self._peer = self._connect()
+        if self._peer is not None:
+            self._done.put(Linked(self._peer_name, SHM))
         while (submission := self._submissions.get()) is not None:
-            started_s = time.monotonic()
-            num_blocks = self._copy(submission.runs)
-            if num_blocks:
-                self._announce(submission.immediate, num_blocks)
-            now_s = time.monotonic()
-            self._done.put(Written(submission.ticket, num_blocks * self._block_bytes, now_s - started_s, now_s))
-            os.eventfd_write(self._wake_fd, 1)
+            self._done.put(self._write(submission))
+
+    def _write(self, submission: _Submission) -> Written:
+        started_s = time.monotonic()
+        is_wanted = submission.ticket not in self._cancelled
+        self._cancelled.discard(submission.ticket)
+        num_blocks = self._copy(submission.runs) if is_wanted else 0
+        if num_blocks:
+            self._announce(submission.immediate, num_blocks)
+        now_s = time.monotonic()
+        return Written(submission.ticket, num_blocks * self._block_bytes, now_s - started_s, now_s)
 
     def _connect(self) -> tuple[socket.socket, KvPool] | None:
         """A peer that does not answer is stopped, or dead and soon known to be: until `close`, it may come back."""
@@ -108,11 +146,18 @@ class _Link:
 class ShmTransfer:
     """The shared-memory transport of one instance, listening at `address` (a path) for writers."""
 
-    def __init__(self, pool: KvPool, address: str) -> None:
+    def __init__(self, pool: KvPool, address: str, layout_fingerprint: str, node: str) -> None:
+        self.descriptor = PoolDescriptor(
+            node=node,
+            layout_fingerprint=layout_fingerprint,
+            num_blocks=pool.num_blocks,
+            block_bytes=pool.block_bytes,
+            endpoints={SHM: os.fsencode(address)},
+        )
         self._pool = pool
         self._links: dict[str, _Link] = {}
-        self._done: queue.SimpleQueue[Written] = queue.SimpleQueue()
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._link_of: dict[int, _Link] = {}  # by ticket, until it is written
+        self._done = _Done()
         self._writers: dict[int, socket.socket] = {}  # connections that arrivals come from, by descriptor
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(address)
@@ -121,8 +166,8 @@ class ShmTransfer:
         self._acceptor = threading.Thread(target=self._accept, name="flowkv-pool", daemon=True)
         self._acceptor.start()
 
-    def connect(self, peer: str, pool_address: str) -> None:
-        self._links[peer] = _Link(self._pool, pool_address, self._done, self._wake_fd)
+    def connect(self, peer: str, pool: PoolDescriptor) -> None:
+        self._links[peer] = _Link(peer, os.fsdecode(pool.endpoints[SHM]), self._pool, self._done)
 
     def disconnect(self, peer: str) -> None:
         if (link := self._links.pop(peer, None)) is not None:
@@ -130,26 +175,37 @@ class ShmTransfer:
 
     def submit(self, ticket: int, peer: str, runs: Sequence[Run], immediate: int) -> None:
         if (link := self._links.get(peer)) is not None:
+            self._link_of[ticket] = link
             link.submit(_Submission(ticket, runs, immediate))
         else:  # disconnected since: whoever watches processes has settled what was under way
             self._done.put(Written(ticket, 0, 0.0, time.monotonic()))
-            os.eventfd_write(self._wake_fd, 1)
 
-    def poll(self) -> tuple[list[Written], list[Arrived]]:
-        written: list[Written] = []
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._wake_fd)
-        while not self._done.empty():
-            written.append(self._done.get())
-        arrived: list[Arrived] = []
+    def cancel(self, ticket: int) -> None:
+        if (link := self._link_of.get(ticket)) is not None:
+            link.cancel(ticket)
+
+    def expect(self, immediate: int) -> None:
+        """Nothing to look out for: an arrival wakes the receiver by itself."""
+
+    def forget(self, immediate: int) -> None:
+        """The engine knows which immediates it counts."""
+
+    def poll(self) -> Completions:
+        completions = Completions([], [], [])
+        for item in self._done.take():
+            if isinstance(item, Linked):
+                completions.linked.append(item)
+            else:
+                self._link_of.pop(item.ticket, None)
+                completions.written.append(item)
         for fd, connection in list(self._writers.items()):
-            if not _receive_into(connection, arrived):
+            if not _receive_into(connection, completions.arrived):
                 del self._writers[fd]
                 connection.close()
-        return written, arrived
+        return completions
 
     def filenos(self) -> list[int]:
-        return [self._wake_fd, *self._writers]
+        return [self._done.fileno, *self._writers]
 
     def close(self) -> None:
         self._closed = True
@@ -160,7 +216,7 @@ class ShmTransfer:
             self.disconnect(peer)
         for connection in self._writers.values():
             connection.close()
-        os.close(self._wake_fd)
+        self._done.close()
 
     def _accept(self) -> None:
         """Hand the pool out. A thread of its own, so that two instances can connect to each other at once."""
@@ -179,7 +235,7 @@ class ShmTransfer:
                 continue
             connection.setblocking(False)
             self._writers[connection.fileno()] = connection
-            os.eventfd_write(self._wake_fd, 1)
+            self._done.wake()
 
 
 def attach(pool_address: str, block_bytes: int) -> tuple[socket.socket, KvPool]:

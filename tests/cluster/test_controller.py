@@ -1,5 +1,6 @@
 import pytest
 
+from flowkv import __version__
 from flowkv.cluster.controller import Controller
 from flowkv.errors import ProtocolError
 from flowkv.messages import (
@@ -14,14 +15,15 @@ from flowkv.messages import (
     PeerDown,
     PeerInfo,
     PeerUp,
-    Ready,
     Register,
+    Registered,
+    RegistrationRefused,
     Rejected,
-    StartFailed,
     StepSample,
     Submit,
 )
-from flowkv.types import InstanceCounters, InstanceLoad, ModelInfo, Request, Role, SamplingParams
+from flowkv.types import InstanceCounters, InstanceLoad, LinkStatus, ModelInfo, Request, Role, SamplingParams
+from tests.pools import descriptor
 
 MODEL = ModelInfo(name="m", dtype="float32", vocab_size=10, max_model_tokens=1000)
 
@@ -30,15 +32,25 @@ class Rig:
     """A controller and what it says, by address."""
 
     def __init__(self, *roles: Role, num_blocks: int = 100) -> None:
-        self.controller = Controller(len(roles), "launcher")
+        self.controller = Controller(len(roles), "epoch", "local")
         self.num_blocks = num_blocks
+        self.names: list[str] = []
         self.take(FrontendHello("f", "f"))
         for i, role in enumerate(roles):
             self.register(f"{role}-{i}", role)
 
     def register(self, name: str, role: Role, layout: str = "L", model: ModelInfo = MODEL) -> list[tuple[str, Message]]:
-        peer = PeerInfo(name, name, f"{name}.pool", layout, self.num_blocks)
-        return self.take(Register(peer, role, model, 16, 8))
+        """All of its answers, its links to and from all others included."""
+        peer = PeerInfo(name, name, descriptor(name, layout, self.num_blocks))
+        out = self.take(Register(peer, role, model, 16, 8, __version__, "epoch"))
+        if any(isinstance(message, RegistrationRefused) for _, message in out):
+            return out
+        self.names.append(name)
+        for sender in self.names:
+            links = [LinkStatus(peer=other, backend="local") for other in self.names if other != sender]
+            load = InstanceLoad(free_blocks=self.num_blocks)
+            out += self.take(LoadReport(sender, 0, load, InstanceCounters(), [], [], [], links))
+        return out
 
     def take(self, message: Message) -> list[tuple[str, Message]]:
         self.controller.handle(message, 0.0)
@@ -62,6 +74,7 @@ class Rig:
 
 
 def finished(name: str, *request_ids: str, handed_over: list[tuple[str, str]] | None = None) -> LoadReport:
+    """As from an instance whose links are what they were: a report without them would take it for one without."""
     return LoadReport(name, 0, InstanceLoad(), InstanceCounters(), [], list(request_ids), handed_over or [])
 
 
@@ -69,9 +82,9 @@ def test_ready_when_all_have_registered_and_everyone_knows_everyone() -> None:
     rig = Rig(Role.PREFILL)
     rig.controller._num_instances = 2
     out = rig.register("decode-1", Role.DECODE)
-    assert ("prefill-0", PeerUp(PeerInfo("decode-1", "decode-1", "decode-1.pool", "L", 100))) in out
-    assert ("decode-1", PeerUp(PeerInfo("prefill-0", "prefill-0", "prefill-0.pool", "L", 100))) in out
-    assert ("launcher", Ready("decode-1")) in out
+    assert ("prefill-0", PeerUp(PeerInfo("decode-1", "decode-1", descriptor("decode-1")))) in out
+    assert ("decode-1", PeerUp(PeerInfo("prefill-0", "prefill-0", descriptor("prefill-0")))) in out
+    assert ("decode-1", Registered()) in out
     status = out[-1][1]
     assert isinstance(status, ClusterStatus) and status.ready and status.max_request_tokens == 1000
 
@@ -182,7 +195,7 @@ def test_an_instance_of_another_layout_or_model_is_refused_at_registration() -> 
     other = ModelInfo(name="other", dtype="float32", vocab_size=10, max_model_tokens=1000)
     for kwargs in ({"layout": "X"}, {"model": other}):
         out = rig.register("decode-1", Role.DECODE, **kwargs)
-        assert [type(message) for _, message in out] == [StartFailed]
+        assert [type(message) for _, message in out] == [RegistrationRefused]
 
 
 def test_one_whose_end_was_told_before_it_registered_is_not_taken() -> None:

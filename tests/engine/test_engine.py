@@ -5,15 +5,17 @@ from flowkv.engine.batch import BatchResult, Draw, ItemResult
 from flowkv.engine.effects import Send, Write
 from flowkv.engine.engine import Engine
 from flowkv.messages import Abort, Cancel, Dispatch, LoadReport, PeerInfo, PeerUp, Refused, Reserve, Reserved
-from flowkv.transfer.base import Written
+from flowkv.transfer.base import Linked, Written
 from flowkv.types import Request, Role, SamplingParams
+from tests.pools import descriptor
 
 CONFIG = EngineConfig(block_size=4, max_batch_tokens=16, max_choices=8)
 
 
 def make_engine(num_blocks: int = 8) -> Engine:
     engine = Engine("me", CONFIG, num_blocks, Role.PREFILL, "controller")
-    engine.handle(PeerUp(PeerInfo("peer", "peer", "peer.pool", "L", 8)), 0.0)
+    engine.handle(PeerUp(PeerInfo("peer", "peer", descriptor("peer"))), 0.0)
+    engine.on_linked(Linked("peer", "local"), 0.0)
     engine.take_effects()
     return engine
 
@@ -39,7 +41,7 @@ def test_an_aborted_request_keeps_its_blocks_while_they_are_being_sent() -> None
     [write] = [effect for effect in engine.take_effects() if isinstance(effect, Write)]
     engine.handle(Abort("r"), 0.0)
     assert engine.blocks.num_free == 2
-    engine.on_written(Written(write.ticket, 1, 0.1, 0.1))
+    engine.on_written(Written(write.ticket, 1, 0.1, 0.1), 0.0)
     assert engine.blocks.num_free == 8
     assert engine.is_idle
 

@@ -17,7 +17,7 @@ from flowkv.messages import (
     Reserve,
     Reserved,
 )
-from flowkv.transfer.base import Arrived, Written
+from flowkv.transfer.base import Arrived, Linked, Written
 from flowkv.transfer.plan import Run
 from flowkv.types import Request, SamplingParams
 
@@ -39,7 +39,8 @@ class P:
             self.writes.append,
             lambda sequence, choices: self.decoded_here.append(choices),
         )
-        self.sender.reachable.update({"d0", "d1"})
+        for name in ("d0", "d1"):
+            self.sender.links.up(Linked(name, "local"))
         self.sequence = Sequence(REQUEST, 0, "f", 0, block_table=[4, 5, 6])
         self.sender.expect(self.sequence, candidates)
         self.sender.start(self.sequence)

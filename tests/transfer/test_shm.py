@@ -11,15 +11,24 @@ from flowkv.kv.pool import KvPool
 from flowkv.transfer.base import Arrived, Written
 from flowkv.transfer.plan import Run
 from flowkv.transfer.shm import ShmTransfer, attach
+from flowkv.types import PoolDescriptor
 
 BLOCK_BYTES = 8192
+
+
+def at(path: Path) -> PoolDescriptor:
+    """Of a pool that is handed out at `path`, or will be, or never."""
+    endpoints = {"shm": str(path).encode()}
+    return PoolDescriptor(
+        node="node", layout_fingerprint="L", num_blocks=8, block_bytes=BLOCK_BYTES, endpoints=endpoints
+    )  # fmt: skip
 
 
 class Side:
     def __init__(self, folder: Path, name: str, num_blocks: int = 8, block_bytes: int = BLOCK_BYTES) -> None:
         self.address = str(folder / name)
         self.pool = KvPool.create(num_blocks, block_bytes)
-        self.transfer = ShmTransfer(self.pool, self.address)
+        self.transfer = ShmTransfer(self.pool, self.address, "L", "node")
 
     def wait(self, num_written: int, num_arrived_blocks: int) -> tuple[list[Written], list[Arrived]]:
         written: list[Written] = []
@@ -27,17 +36,17 @@ class Side:
         while len(written) < num_written or sum(a.num_blocks for a in arrived) < num_arrived_blocks:
             ready, _, _ = select.select(self.transfer.filenos(), [], [], 10.0)
             assert ready, "nothing completes"
-            new_written, new_arrived = self.transfer.poll()
-            written += new_written
-            arrived += new_arrived
+            completions = self.transfer.poll()
+            written += completions.written
+            arrived += completions.arrived
         return written, arrived
 
 
 @pytest.fixture
 def sides(tmp_path: Path) -> Iterator[tuple[Side, Side]]:
     p, d = Side(tmp_path, "p"), Side(tmp_path, "d")
-    p.transfer.connect("d", d.address)
-    d.transfer.connect("p", p.address)
+    p.transfer.connect("d", d.transfer.descriptor)
+    d.transfer.connect("p", p.transfer.descriptor)
     yield p, d
     p.transfer.close()
     d.transfer.close()
@@ -92,7 +101,7 @@ def test_a_writer_that_gives_up_while_it_connects_does_not_stop_the_others(tmp_p
         impatient = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         impatient.connect(d.address)
         impatient.close()
-    p.transfer.connect("d", d.address)
+    p.transfer.connect("d", d.transfer.descriptor)
     p.transfer.submit(1, "d", [Run(0, 0, 1)], immediate=5)
     assert d.wait(0, 1)[1] == [Arrived(5, 1)]
     p.transfer.close()
@@ -113,7 +122,7 @@ def test_no_pool_at_an_address_is_a_clear_error(tmp_path: Path) -> None:
 
 def test_a_write_waits_for_a_peer_that_comes_late(tmp_path: Path) -> None:
     p = Side(tmp_path, "p")
-    p.transfer.connect("d", str(tmp_path / "d"))
+    p.transfer.connect("d", at(tmp_path / "d"))
     p.transfer.submit(1, "d", [Run(2, 3, 1)], immediate=5)
     d = Side(tmp_path, "d")
     assert d.wait(0, 1)[1] == [Arrived(5, 1)]
@@ -124,7 +133,7 @@ def test_a_write_waits_for_a_peer_that_comes_late(tmp_path: Path) -> None:
 
 def test_a_peer_that_never_comes_does_not_keep_anyone_from_closing(tmp_path: Path) -> None:
     p = Side(tmp_path, "p")
-    p.transfer.connect("d", str(tmp_path / "nobody"))
+    p.transfer.connect("d", at(tmp_path / "nobody"))
     p.transfer.submit(1, "d", [Run(0, 0, 1)], immediate=5)
     p.transfer.disconnect("d")
     assert [(w.ticket, w.num_bytes) for w in p.wait(1, 0)[0]] == [(1, 0)]

@@ -1,0 +1,46 @@
+"""The links of one instance: whom it can write to, how, and what has gone over each."""
+
+from dataclasses import dataclass
+
+from flowkv.transfer.base import Linked
+from flowkv.types import LinkStatus
+
+
+@dataclass(slots=True)
+class _Link:
+    backend: str
+    num_bytes: int = 0
+    num_calls: int = 0
+    seconds: float = 0.0
+
+
+class Links:
+    """A peer is in here from when its pool can be written to until it is dead."""
+
+    def __init__(self) -> None:
+        self._links: dict[str, _Link] = {}
+
+    def up(self, linked: Linked) -> None:
+        self._links[linked.peer] = _Link(linked.backend)
+
+    def down(self, peer: str) -> None:
+        self._links.pop(peer, None)
+
+    def is_up(self, peer: str) -> bool:
+        return peer in self._links
+
+    def count(self, peer: str, num_bytes: int, num_calls: int, seconds: float) -> None:
+        """Something was written to a peer, dead or alive."""
+        if (link := self._links.get(peer)) is not None:
+            link.num_bytes += num_bytes
+            link.num_calls += num_calls
+            link.seconds += seconds
+
+    def statuses(self) -> list[LinkStatus]:
+        return [
+            LinkStatus(
+                peer=peer, backend=link.backend, num_bytes=link.num_bytes, num_calls=link.num_calls,
+                seconds=link.seconds,
+            )
+            for peer, link in self._links.items()
+        ]  # fmt: skip
