@@ -1,8 +1,9 @@
 """Who holds which block: block tables, reference counts, copy-on-write."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from flowkv.kv.compaction import Stretch, cheapest_window, stretches_within
 from flowkv.kv.segments import SegmentAllocator
 
 BlockCopy = tuple[int, int]  # (source block, destination block)
@@ -38,6 +39,23 @@ class BlockManager:
             self._num_references[block] = 1
         return blocks
 
+    def allocate_within(
+        self, num_blocks: int, max_segments: int, movable: Sequence[list[int]]
+    ) -> tuple[list[int], list[BlockCopy]] | None:
+        """New blocks in at most `max_segments` segments, moving others out of the way, and the copies this takes.
+
+        Blocks move only where there is no such place, the fewest that open one, and only out of tables in `movable`,
+        which are changed in place; shared blocks stay. Until the copies are made, nobody may write into the new blocks
+        or read through the changed tables. Where too much is in use by others, there are more segments and no copies.
+        None (and no change) if there are too few free blocks.
+        """
+        if num_blocks <= self.num_free and self._segments.num_segments_for(num_blocks) > max_segments:
+            opened = self._open_room(num_blocks, max_segments, movable)
+            if opened is not None:
+                return opened
+        blocks = self.allocate(num_blocks)
+        return None if blocks is None else (blocks, [])
+
     def fork(self, table: list[int]) -> list[int]:
         """A second table over the same blocks."""
         for block in table:
@@ -47,8 +65,9 @@ class BlockManager:
     def prepare_write(self, table: list[int], start: int, stop: int) -> list[BlockCopy] | None:
         """Make token positions `start` to `stop` (exclusive) of `table` writable, in place.
 
-        Appends the blocks that are missing, each next to its predecessor where that is free, and replaces shared ones.
-        Returns the copies to make before writing, or None (and no change) if there are too few free blocks.
+        Appends the blocks that are missing, and replaces shared ones. A single block comes from the high end of the
+        pool, away from where whole prompts lie. Returns the copies to make before writing, or None (and no change) if
+        there are too few free blocks.
         """
         size = self.block_size
         shared = [
@@ -65,13 +84,18 @@ class BlockManager:
     def free(self, table: list[int]) -> None:
         """Drop one reference of every entry and empty the table; blocks without any go back to the free segments."""
         unreferenced = []
+        counts = self._num_references
         for block in table:
-            self._num_references[block] -= 1
-            assert self._num_references[block] >= 0, f"block {block} was freed twice"
-            if self._num_references[block] == 0:
+            counts[block] = num_references = counts[block] - 1
+            if num_references == 0:
                 unreferenced.append(block)
+            assert num_references >= 0, f"block {block} was freed twice"
         table.clear()
         self._segments.free(unreferenced)
+
+    def free_segments(self) -> list[tuple[int, int]]:
+        """(start, length) of every maximal run of free blocks, by start."""
+        return self._segments.segments()
 
     def check_integrity(self, tables: Iterable[list[int]]) -> None:
         """Raise AssertionError unless `tables`, all there are, explain every reference and every used block."""
@@ -84,21 +108,63 @@ class BlockManager:
             assert not any(self._num_references[start : start + length]), f"segment at {start} holds a used block"
 
     def _replace_shared(self, table: list[int], index: int) -> int:
-        new = self._new_block(after=table[index - 1] if index else None)
+        new = self._new_block()
         self._num_references[table[index]] -= 1
         table[index] = new
         return new
 
     def _append(self, table: list[int], count: int) -> None:
-        if count > 1:
+        if count == 1 and table:
+            table.append(self._new_block())
+        elif count:
             blocks = self.allocate(count)
             assert blocks is not None
             table += blocks
-        elif count == 1:
-            table.append(self._new_block(after=table[-1] if table else None))
 
-    def _new_block(self, after: int | None) -> int:
-        blocks = self._segments.allocate(1) if after is None else [self._segments.allocate_after(after)]
-        assert blocks is not None and blocks[0] is not None
-        self._num_references[blocks[0]] = 1
-        return blocks[0]
+    def _new_block(self) -> int:
+        block = self._segments.allocate_high()
+        assert block is not None
+        self._num_references[block] = 1
+        return block
+
+    def _open_room(
+        self, num_blocks: int, max_segments: int, movable: Sequence[list[int]]
+    ) -> tuple[list[int], list[BlockCopy]] | None:
+        """The largest free segments but one as they are, and for the rest a window that others leave; None if none can.
+
+        There is always somewhere to go: what is free outside is at least what is used inside.
+        """
+        kept = self._segments.largest(max_segments - 1)
+        size = num_blocks - sum(length for _, length in kept)
+        others = [segment for segment in self._segments.segments() if segment not in kept]
+        candidates = [block for table in movable for block in table if self._num_references[block] == 1]
+        window = cheapest_window(self.num_blocks, others, candidates, size)
+        if window is None:
+            return None
+        blocks = [block for start, length in kept for block in self._segments.claim(start, length)]
+        copies = self._clear(window, window + size, movable)
+        blocks += range(window, window + size)
+        for block in blocks:
+            self._num_references[block] = 1
+        return blocks, copies
+
+    def _clear(self, start: int, stop: int, movable: Sequence[list[int]]) -> list[BlockCopy]:
+        """Take the blocks from `start` to `stop` (exclusive) from whoever has them; each keeps its one reference."""
+        for segment, length in self._segments.segments():
+            low, high = max(segment, start), min(segment + length, stop)
+            if low < high:
+                self._segments.claim(low, high - low)
+        copies: list[BlockCopy] = []
+        for table in movable:
+            for stretch in list(stretches_within(table, start, stop)):
+                copies += self._move(table, stretch)
+        return copies
+
+    def _move(self, table: list[int], stretch: Stretch) -> list[BlockCopy]:
+        old = table[stretch.start : stretch.stop]
+        new = self._segments.allocate(len(old))
+        assert new is not None
+        for block in new:
+            self._num_references[block] = 1
+        table[stretch.start : stretch.stop] = new
+        return list(zip(old, new, strict=True))

@@ -1,14 +1,18 @@
 """Free blocks kept as segments, so that what is allocated together lies together (FlowKV, section on allocation)."""
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable
+from itertools import pairwise
+from operator import sub
 
 
 class SegmentAllocator:
     """Block ids `0 .. num_blocks - 1`; the free ones as maximal runs of consecutive ids.
 
     Best fit: a request takes the low end of the smallest segment that holds it whole; where none does, the largest
-    segments until it is covered, which is the fewest pieces. Freed blocks merge with their neighbours. Finding a
-    segment is O(log S) in the number of segments.
+    segments until it is covered, which is the fewest pieces. Single blocks to grow by come from the high end of the
+    pool (docs/decisions/0005). Freed blocks merge with their neighbours. Finding a segment is O(log S) in the number
+    of segments.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -17,7 +21,7 @@ class SegmentAllocator:
         self.num_blocks = num_blocks
         self.num_free = 0
         self._length_at: dict[int, int] = {}  # segment start -> length
-        self._start_before: dict[int, int] = {}  # segment end (exclusive) -> start
+        self._starts: list[int] = []  # sorted
         self._by_length: list[tuple[int, int]] = []  # (length, start), sorted
         self._insert(0, num_blocks)
 
@@ -29,67 +33,85 @@ class SegmentAllocator:
         while (missing := num_blocks - len(blocks)) > 0:
             fit = bisect_left(self._by_length, (missing, -1))
             length, start = self._by_length[min(fit, len(self._by_length) - 1)]
-            blocks += self._take(start, min(length, missing))
+            blocks += self.claim(start, min(length, missing))
         return blocks
 
-    def allocate_after(self, block: int) -> int | None:
-        """One block to grow by: the one that follows `block` if it is free, or else from the smallest segment."""
-        if block + 1 in self._length_at:
-            return self._take(block + 1, 1)[0]
-        grown = self.allocate(1)
-        return None if grown is None else grown[0]
+    def allocate_high(self) -> int | None:
+        """The free block with the highest id."""
+        if not self._starts:
+            return None
+        start = self._starts[-1]
+        return self.claim(start + self._length_at[start] - 1, 1)[0]
 
-    def free(self, blocks: list[int]) -> None:
+    def claim(self, start: int, count: int) -> list[int]:
+        """Exactly these blocks. They must be free; that is the caller's to know."""
+        segment = self._starts[max(0, self._index_after(start) - 1)]
+        length = self._remove(segment)
+        before, after = start - segment, segment + length - (start + count)
+        assert before >= 0 and after >= 0, f"blocks {start}+{count} are not all free"
+        if before:
+            self._insert(segment, before)
+        if after:
+            self._insert(start + count, after)
+        return list(range(start, start + count))
+
+    def free(self, blocks: Iterable[int]) -> None:
         """Give blocks back, in any order. They must be allocated; that is the caller's to know."""
         ordered = sorted(blocks)
-        i = 0
-        while i < len(ordered):
-            j = i + 1
-            while j < len(ordered) and ordered[j] == ordered[j - 1] + 1:
-                j += 1
+        gaps = [i for i, step in enumerate(map(sub, ordered[1:], ordered), 1) if step != 1]
+        for i, j in pairwise([0, *gaps, len(ordered)] if ordered else []):
             self._merge(ordered[i], j - i)
-            i = j
 
     def segments(self) -> list[tuple[int, int]]:
         """(start, length) of every free segment, by start."""
-        return sorted(self._length_at.items())
+        return [(start, self._length_at[start]) for start in self._starts]
+
+    def num_segments_for(self, num_blocks: int) -> int:
+        """How many segments `allocate` takes them from, which is the fewest possible; all if these are too few."""
+        covered = 0
+        for i in range(len(self._by_length)):
+            if covered >= num_blocks:
+                return i
+            covered += self._by_length[-1 - i][0]
+        return len(self._by_length)
+
+    def largest(self, count: int) -> list[tuple[int, int]]:
+        """(start, length) of the `count` largest free segments, or of all if there are fewer; the largest first."""
+        return [(start, length) for length, start in self._by_length[: -count - 1 : -1]]
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless segments are disjoint, maximal, inside the pool and counted right."""
         previous_end = -1
         for start, length in self.segments():
             assert length > 0 and start > previous_end, f"segment {start}+{length} touches the one before it"
-            assert self._start_before[start + length] == start
             previous_end = start + length
         assert previous_end <= self.num_blocks
+        assert self._starts == sorted(self._length_at)
         assert self._by_length == sorted((length, start) for start, length in self._length_at.items())
-        assert len(self._start_before) == len(self._length_at)
         assert self.num_free == sum(self._length_at.values())
 
-    def _take(self, start: int, count: int) -> list[int]:
-        length = self._remove(start)
-        if count < length:
-            self._insert(start + count, length - count)
-        return list(range(start, start + count))
+    def _index_after(self, block: int) -> int:
+        """Where in `_starts` the first segment that starts beyond `block` is."""
+        return bisect_left(self._starts, block + 1)
 
     def _merge(self, start: int, length: int) -> None:
         if start + length in self._length_at:
             length += self._remove(start + length)
-        if start in self._start_before:
-            before = self._start_before[start]
+        i = self._index_after(start)
+        if i and (before := self._starts[i - 1]) + self._length_at[before] == start:
             length += self._remove(before)
             start = before
         self._insert(start, length)
 
     def _insert(self, start: int, length: int) -> None:
         self._length_at[start] = length
-        self._start_before[start + length] = start
+        insort(self._starts, start)
         insort(self._by_length, (length, start))
         self.num_free += length
 
     def _remove(self, start: int) -> int:
         length = self._length_at.pop(start)
-        del self._start_before[start + length]
+        del self._starts[bisect_left(self._starts, start)]
         del self._by_length[bisect_left(self._by_length, (length, start))]
         self.num_free -= length
         return length

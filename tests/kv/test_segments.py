@@ -1,6 +1,7 @@
 import itertools
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
@@ -33,14 +34,33 @@ def test_too_few_blocks_change_nothing() -> None:
     assert allocator.segments() == [(0, 4)]
 
 
-def test_growth_takes_the_next_block_while_it_is_free() -> None:
+def test_growth_comes_from_the_high_end() -> None:
     allocator = SegmentAllocator(10)
-    first = allocator.allocate(3)
-    assert first == [0, 1, 2]
-    assert allocator.allocate_after(2) == 3
-    other = allocator.allocate(2)
-    assert other == [4, 5]
-    assert allocator.allocate_after(3) == 6
+    assert allocator.allocate(3) == [0, 1, 2]
+    assert [allocator.allocate_high() for _ in range(2)] == [9, 8]
+    assert allocator.allocate(5) == [3, 4, 5, 6, 7]
+    assert allocator.allocate_high() is None
+    allocator.free([0, 1, 5])
+    assert allocator.allocate_high() == 5
+
+
+def test_only_free_blocks_can_be_claimed() -> None:
+    allocator = SegmentAllocator(10)
+    assert allocator.claim(4, 3) == [4, 5, 6]
+    assert allocator.segments() == [(0, 4), (7, 3)]
+    with pytest.raises(AssertionError, match="not all free"):
+        allocator.claim(2, 3)
+    with pytest.raises(AssertionError, match="not all free"):
+        allocator.claim(5, 1)
+
+
+def test_the_largest_segments_come_first() -> None:
+    allocator = SegmentAllocator(10)
+    allocator.claim(1, 1)
+    allocator.claim(8, 1)
+    assert allocator.largest(0) == []
+    assert allocator.largest(2)[0] == (2, 6)
+    assert len(allocator.largest(9)) == 3
 
 
 def test_freed_neighbours_merge_in_any_order() -> None:
@@ -61,6 +81,7 @@ def test_allocate_takes_no_more_segments_than_it_must(sizes: list[int], rng: ran
     for size in sizes:
         if held and rng.random() < 0.5:
             allocator.free(held.pop(rng.randrange(len(held))))
+        num_segments = allocator.num_segments_for(size)
         lengths = sorted((length for _, length in allocator.segments()), reverse=True)
         blocks = allocator.allocate(size)
         if blocks is None:
@@ -69,7 +90,7 @@ def test_allocate_takes_no_more_segments_than_it_must(sizes: list[int], rng: ran
         held.append(blocks)
         pieces = 1 + sum(b != a + 1 for a, b in itertools.pairwise(blocks))
         fewest = next(k for k in range(1, len(lengths) + 1) if sum(lengths[:k]) >= size)
-        assert pieces <= fewest
+        assert pieces <= fewest == num_segments
 
 
 class Segments(RuleBasedStateMachine):
@@ -94,17 +115,24 @@ class Segments(RuleBasedStateMachine):
 
     @rule(blocks=held)
     def grow(self, blocks: list[int]) -> None:
-        if not blocks:
-            return
-        next_is_free = blocks[-1] + 1 in self.free_blocks
-        grown = self.allocator.allocate_after(blocks[-1])
+        grown = self.allocator.allocate_high()
         if grown is None:
             assert not self.free_blocks
             return
-        assert grown in self.free_blocks
-        assert not next_is_free or grown == blocks[-1] + 1
+        assert grown == max(self.free_blocks)
         self.free_blocks.remove(grown)
         blocks.append(grown)
+
+    @rule(target=held, data=st.data())
+    def claim(self, data: st.DataObject) -> object:
+        if not self.allocator.segments():
+            return multiple()
+        start, length = data.draw(st.sampled_from(self.allocator.segments()))
+        offset = data.draw(st.integers(0, length - 1))
+        blocks = self.allocator.claim(start + offset, data.draw(st.integers(1, length - offset)))
+        assert set(blocks) <= self.free_blocks
+        self.free_blocks -= set(blocks)
+        return blocks
 
     @rule(blocks=consumes(held))
     def free(self, blocks: list[int]) -> None:
