@@ -9,6 +9,7 @@ again gets a new epoch in its name, so that a late message can never reach its s
 
 import msgspec
 
+from flowkv.config import ClusterConfig
 from flowkv.types import (
     InstanceCounters,
     InstanceLoad,
@@ -90,6 +91,7 @@ class LoadReport(Message):
     finished: list[str]  # requests that this instance answered to the end
     handed_over: list[tuple[str, str]] = []  # (request id, instance that now owns it)
     links: list[LinkStatus] = []  # every link that is up
+    unanswered: list[tuple[str, str]] = []  # (request id, instance that may own it but has been silent for a lease)
 
 
 class InstanceExited(Message):
@@ -97,6 +99,33 @@ class InstanceExited(Message):
 
     instance: str
     reason: str
+
+
+class Join(Message):
+    """Another node wants to run instances. Repeated until `Welcome` or `Dismissed`.
+
+    Of all launchers, dead or alive, only one at a time can hold a `place`, and it holds it until its last process has
+    ended: whoever held it before is dead, with all of its instances.
+    """
+
+    launcher: str  # unique over all launchers
+    place: str
+    address: str  # mailbox of the launcher
+    version: str  # of FlowKV
+
+
+class NodeBeat(Message):
+    """A joined node lives; answered by `ControllerBeat`, or by `Dismissed` where it does not belong."""
+
+    launcher: str
+    address: str
+    epoch: str  # of the cluster that it joined
+
+
+class Leave(Message):
+    """A joined node has ended all of its instances and goes."""
+
+    launcher: str
 
 
 # --- to an instance ------------------------------------------------------------------------------------------------
@@ -137,17 +166,24 @@ class PeerDown(Message):
 
 # --- between instances: the handoff (DESIGN: life of a request, steps 4 and 5) -----------------------------------
 # `source` is the prefill instance and `attempt` numbers its reservations, over all requests; the two name one transfer.
-# The channel between two instances is in order, so an attempt that is not higher than the last one seen is an echo.
+# Any of these may be lost, doubled or late (a connection that broke): what needs an answer is repeated until there is
+# one, and every answer can be given again.
 
 
 class Reserve(Message):
-    """P asks D for blocks for the KV of all prompt tokens."""
+    """P asks D for blocks for the KV of all prompt tokens. Repeated until `Reserved` or `Refused`.
+
+    No attempt of P's below `oldest_attempt` is open: D need not remember what became of them. P may be silent for
+    `lease_s`, or for D's own lease if that is longer, before D takes the blocks back.
+    """
 
     source: str
     attempt: int
     request: Request
     request_attempt: int
     frontend_address: str
+    oldest_attempt: int = 0
+    lease_s: float = 0.0
 
 
 class Reserved(Message):
@@ -171,6 +207,7 @@ class Refused(Message):
 class KvReady(Message):
     """P has posted every write; ownership of the request passes once D has counted `num_blocks` blocks.
 
+    Repeated until `Release` or `Cancel`: from here on P may not go elsewhere without D's word, or its death.
     `output_ids` maps a choice that still runs to what it has put out so far.
     """
 
@@ -182,9 +219,21 @@ class KvReady(Message):
 
 
 class Renew(Message):
-    """P lives: every reservation that it has here is still wanted (its lease begins anew)."""
+    """P lives and still wants these reservations: the lease of each begins anew. Answered by `Renewed`.
+
+    One that is not named (P has given it up, or nothing more will be written for it) runs out.
+    """
 
     source: str
+    attempts: list[int]
+    lease_s: float = 0.0  # as in `Reserve`
+
+
+class Renewed(Message):
+    """D lives. Until it has been silent for `lease_s`, or for P's own lease if that is longer, P waits for it."""
+
+    instance: str
+    lease_s: float = 0.0
 
 
 class Release(Message):
@@ -196,7 +245,7 @@ class Release(Message):
 
 
 class Cancel(Message):
-    """D takes a reservation back. Its blocks stay untouched until `CancelAck` or P's death."""
+    """D takes a reservation back. Repeated until `CancelAck` or P's death: its blocks stay untouched so long."""
 
     instance: str
     request_id: str
@@ -269,6 +318,39 @@ class StartFailed(Message):
     reason: str
 
 
+class Note(Message):
+    """Something for the user to see."""
+
+    text: str
+
+
+# --- to the launcher of a joined node ------------------------------------------------------------------------------
+
+
+class Welcome(Message):
+    """The node is part of the cluster: its name, and what its instances need to know.
+
+    `config` is that of the cluster; only what differs between instances (memory, threads, the model's path) may differ.
+    """
+
+    node: str
+    epoch: str
+    config: ClusterConfig
+    model_name: str
+
+
+class ControllerBeat(Message):
+    """The controller lives, and knows this node."""
+
+    epoch: str
+
+
+class Dismissed(Message):
+    """The node is not, or no longer, part of the cluster, and why, in one line for the user."""
+
+    reason: str
+
+
 AnyMessage = (
     FrontendHello
     | Submit
@@ -278,6 +360,9 @@ AnyMessage = (
     | StepSample
     | LoadReport
     | InstanceExited
+    | Join
+    | NodeBeat
+    | Leave
     | Dispatch
     | Registered
     | RegistrationRefused
@@ -288,6 +373,7 @@ AnyMessage = (
     | Refused
     | KvReady
     | Renew
+    | Renewed
     | Release
     | Cancel
     | CancelAck
@@ -298,4 +384,8 @@ AnyMessage = (
     | Progress
     | Ready
     | StartFailed
+    | Note
+    | Welcome
+    | ControllerBeat
+    | Dismissed
 )

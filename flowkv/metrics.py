@@ -96,6 +96,11 @@ class InstancesCollector(Collector):
         for status in statuses:
             total.add_metric([status.name, status.role], status.num_blocks)
         yield total
+        text = "1 where nothing has been heard of it for too long: it gets no requests until it is heard again"
+        stalled = GaugeMetricFamily("flowkv_instance_stalled", text, labels=["instance", "role"])
+        for status in statuses:
+            stalled.add_metric([status.name, status.role], status.is_stalled)
+        yield stalled
 
 
 class FrontendMetrics:

@@ -102,6 +102,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     vocab_size: int
     max_model_tokens: int
+    fingerprint: str = ""  # of configuration and weights, from samples of them
 
 
 class PoolDescriptor(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,3 +172,4 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     load: InstanceLoad
     counters: InstanceCounters
     links: list[LinkStatus] = []
+    is_stalled: bool = False  # nothing has been heard of it for too long; it gets no requests

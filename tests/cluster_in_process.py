@@ -2,6 +2,9 @@
 
 `run` picks at random what happens next (deliver a message of some channel, start or end a step, complete a write), so
 that a seed is an interleaving. Channels between two parties are in order, as in a real cluster; nothing else is.
+
+With `Faults` time passes too (a beat, a third of a lease, is an event like any other), and handoff messages, writes and
+counts come to harm. Nodes can be frozen, woken and killed at any moment.
 """
 
 import random
@@ -21,21 +24,46 @@ from flowkv.kv.layout import KvLayout
 from flowkv.messages import (
     Abort,
     Accepted,
+    Cancel,
+    CancelAck,
     FrontendHello,
     InstanceExited,
+    KvReady,
     Message,
     Outputs,
     PeerInfo,
+    Refused,
     Register,
     Registered,
     Rejected,
+    Release,
+    Renew,
+    Renewed,
+    Reserve,
+    Reserved,
     Submit,
 )
+from flowkv.transfer.base import Written
 from flowkv.transfer.local import LocalTransfer
 from flowkv.types import FinishReason, ModelInfo, Output, Request, Role, SamplingParams, TokenLogprobs
 
 CONTROLLER, FRONTEND, LAUNCHER, EPOCH = "controller", "frontend", "launcher", "epoch"
+BEAT_S = 1.0
+LEASE_S = 3 * BEAT_S
+HANDOFF = (Reserve, Reserved, Refused, KvReady, Renew, Renewed, Release, Cancel, CancelAck)
 RunnerFactory = Callable[[KvLayout, memoryview, int], Runner]
+
+
+@dataclass(frozen=True)
+class Faults:
+    """How probable each is, of a message between instances, of a write, of the next event."""
+
+    lost: float = 0.0
+    doubled: float = 0.0
+    late: float = 0.0  # it may come after later ones
+    failed_write: float = 0.0  # nobody knows how much of it was made
+    lost_arrival: float = 0.0  # the bytes come, the count does not
+    beat: float = 0.02
 
 
 @dataclass
@@ -85,10 +113,13 @@ class Node:
         buffer = memoryview(bytearray(num_blocks * layout.block_bytes))
         self.runner = make_runner(layout, buffer, num_blocks)
         self.transfer = LocalTransfer(network, name, buffer, layout.block_bytes, layout.fingerprint)
-        self.engine = Engine(name, config, num_blocks, role, CONTROLLER)
+        self.engine = Engine(name, config, num_blocks, role, CONTROLLER, LEASE_S)
         self.peer = PeerInfo(name, name, self.transfer.descriptor)
         self.batch: Batch | None = None
         self.writes: deque[Write] = deque()
+        self.written: list[Written] = []  # beside what the transfer reports
+        self.is_frozen = False
+        self.holds_writes = False
 
 
 class Cluster:
@@ -102,22 +133,26 @@ class Cluster:
         layout: KvLayout | None = None,
         make_runner: RunnerFactory = ToyRunner,
         settled: bool = True,
+        faults: Faults | None = None,
     ) -> None:
         self.config = config or EngineConfig(block_size=4, max_batch_tokens=16, max_choices=8)
         self.random = None if seed is None else random.Random(seed)
         self.now_s = 0.0
-        self.controller = Controller(len(roles), EPOCH, "local")
+        self.faults: Faults | None = None  # none before everyone knows everyone
+        self.late: list[tuple[str, str, Message]] = []  # (sender, receiver, message)
+        self.controller = Controller(len(roles), EPOCH, "local", LEASE_S)
         layout = layout or toy_layout(self.config.block_size)
-        network: dict[str, LocalTransfer] = {}
+        self.network: dict[str, LocalTransfer] = {}
         self.nodes: dict[str, Node] = {}
         self.channels: defaultdict[tuple[str, str], deque[Message]] = defaultdict(deque)
         self.answers: dict[tuple[str, int], Answer] = defaultdict(Answer)
         self.rejected: dict[str, Rejected] = {}
+        self.num_rejected = 0
         self.accepted: set[str] = set()
         self.has_killed = False
         self._post(FRONTEND, CONTROLLER, FrontendHello(FRONTEND, FRONTEND))
         for i, role in enumerate(roles):
-            node = Node(f"{role}-{i}", role, self.config, num_blocks, network, layout, make_runner)
+            node = Node(f"{role}-{i}", role, self.config, num_blocks, self.network, layout, make_runner)
             self.nodes[node.name] = node
             model = ModelInfo(name="toy", dtype="toy", vocab_size=256, max_model_tokens=4096)
             self._post(
@@ -127,6 +162,7 @@ class Cluster:
             )  # fmt: skip
         if settled:
             self.run()
+        self.faults = faults
 
     # --- from outside ----------------------------------------------------------------------------------------------
 
@@ -145,7 +181,28 @@ class Cluster:
         for sender, receiver in list(self.channels):
             if receiver == name:
                 del self.channels[sender, receiver]
+        self.late = [late for late in self.late if late[1] != name]
         self._post(LAUNCHER, CONTROLLER, InstanceExited(name, "was killed"))
+
+    def freeze(self, name: str) -> None:
+        """As SIGSTOP does. What it has posted is written when it wakes, or meanwhile, as a network card would."""
+        self.nodes[name].is_frozen = True
+        self.nodes[name].holds_writes = not self._happens(0.3)
+
+    def wake(self, name: str) -> None:
+        if name in self.nodes:
+            self.nodes[name].is_frozen = self.nodes[name].holds_writes = False
+
+    def pass_time(self, beats: int = 1) -> None:
+        """Time in which nothing else happens, a beat after the other."""
+        for _ in range(beats):
+            self.now_s += BEAT_S
+            self.controller.tick(self.now_s)
+            self._carry_out_controller()
+            for node in self.nodes.values():
+                if not node.is_frozen:
+                    node.engine.tick(self.now_s)
+                    self._carry_out(node)
 
     def run(self, max_events: int = 100_000) -> None:
         """Until nothing can happen any more."""
@@ -157,11 +214,18 @@ class Cluster:
     def step(self) -> bool:
         """Let one thing happen. False if nothing can."""
         events = self._possible()
+        if self.faults is not None and not self.is_at_rest and (not events or self._happens(self.faults.beat)):
+            self.pass_time()
+            return True
         if not events:
             return False
         self.now_s += 0.001
         (events[0] if self.random is None else self.random.choice(events))()
         return True
+
+    @property
+    def is_at_rest(self) -> bool:
+        return all(node.engine.is_idle for node in self.nodes.values()) and not self.controller.num_assignments
 
     def ids(self, request_id: str, choice: int = 0) -> list[int]:
         answer = self.answers[request_id, choice]
@@ -180,11 +244,15 @@ class Cluster:
 
     def _possible(self) -> list[Callable[[], None]]:
         events: list[Callable[[], None]] = []
-        events += [partial(self._deliver, channel) for channel, queue in self.channels.items() if queue]
+        frozen = {node.name for node in self.nodes.values() if node.is_frozen}
+        events += [partial(self._deliver, c) for c, queue in self.channels.items() if queue and c[1] not in frozen]
+        events += [partial(self._deliver_late, late) for late in self.late if late[1] not in frozen]
         for node in self.nodes.values():
-            if node.writes:
+            if node.writes and not node.holds_writes:
                 events.append(partial(self._write, node))
-            if node.transfer.has_completions:
+            if node.is_frozen:
+                continue
+            if node.transfer.has_completions or node.written:
                 events.append(partial(self._complete, node))
             if node.batch is not None or (node.engine.has_work and (self._start_step(node))):
                 events.append(partial(self._end_step, node))
@@ -201,13 +269,24 @@ class Cluster:
         node.engine.on_result(node.runner.run(batch), 0.001, self.now_s)
         self._carry_out(node)
 
+    def _happens(self, probability: float) -> bool:
+        return self.random is not None and self.random.random() < probability
+
     def _deliver(self, channel: tuple[str, str]) -> None:
-        message = self.channels[channel].popleft()
-        receiver = channel[1]
+        self._receive(channel[1], self.channels[channel].popleft())
+
+    def _deliver_late(self, late: tuple[str, str, Message]) -> None:
+        self.late.remove(late)
+        self._receive(late[1], late[2])
+
+    def _carry_out_controller(self) -> None:
+        for address, out in self.controller.take_messages():
+            self._post(CONTROLLER, address, out)
+
+    def _receive(self, receiver: str, message: Message) -> None:
         if receiver == CONTROLLER:
             self.controller.handle(message, self.now_s)
-            for address, out in self.controller.take_messages():
-                self._post(CONTROLLER, address, out)
+            self._carry_out_controller()
         elif receiver == FRONTEND:
             self._hear(message)
         elif receiver in self.nodes and not isinstance(message, Registered):  # what the process around it takes
@@ -220,6 +299,7 @@ class Cluster:
                 self.accepted.add(message.request_id)
             case Rejected():
                 self.rejected[message.request_id] = message
+                self.num_rejected += 1
             case Outputs():
                 for output in message.outputs:
                     self.answers[output.request_id, output.choice].add(message.instance, output, self.has_killed)
@@ -228,10 +308,34 @@ class Cluster:
 
     def _write(self, node: Node) -> None:
         write = node.writes.popleft()
+        faults = self.faults or Faults()
+        if self._happens(faults.failed_write):
+            if self._happens(0.5):
+                self._move(node, write, is_counted=self._happens(0.5))
+            node.written.append(Written(write.ticket, 0, 0.0, self.now_s, "the link broke"))
+        else:
+            node.written.append(self._move(node, write, is_counted=not self._happens(faults.lost_arrival)))
+
+    def _move(self, node: Node, write: Write, is_counted: bool) -> Written:
+        """Write the bytes; the peer hears of it only if they are to be counted."""
+        arrived = self.network[write.peer]._arrived
+        num_arrived = len(arrived)
         node.transfer.submit(write.ticket, write.peer, write.runs, write.immediate)
+        if not is_counted:
+            del arrived[num_arrived:]
+        return node.transfer._written.pop()
+
+    def _cancel_write(self, node: Node, ticket: int) -> None:
+        """In time or not, as it happens."""
+        node.transfer.cancel(ticket)
+        for write in [write for write in node.writes if write.ticket == ticket]:
+            if self._happens(0.5):
+                node.writes.remove(write)
+                node.written.append(Written(ticket, 0, 0.0, self.now_s))
 
     def _complete(self, node: Node) -> None:
         written, arrived, linked = node.transfer.poll()
+        written, node.written = [*written, *node.written], []
         for link in linked:
             node.engine.on_linked(link, self.now_s)
         for completion in written:
@@ -254,7 +358,7 @@ class Cluster:
             case Connect():
                 node.transfer.connect(effect.peer.instance, effect.peer.pool)
             case CancelWrite():
-                node.transfer.cancel(effect.ticket)
+                self._cancel_write(node, effect.ticket)
             case Expect():
                 node.transfer.expect(effect.immediate)
             case Forget():
@@ -263,5 +367,14 @@ class Cluster:
                 node.transfer.disconnect(effect.peer.instance)
 
     def _post(self, sender: str, receiver: str, message: Message) -> None:
-        if receiver in self.nodes or receiver in (CONTROLLER, FRONTEND):
-            self.channels[sender, receiver].append(message)
+        if receiver not in self.nodes and receiver not in (CONTROLLER, FRONTEND):
+            return
+        if self.faults is not None and isinstance(message, HANDOFF):
+            if self._happens(self.faults.lost):
+                return
+            if self._happens(self.faults.doubled):
+                self.late.append((sender, receiver, message))
+            if self._happens(self.faults.late):
+                self.late.append((sender, receiver, message))
+                return
+        self.channels[sender, receiver].append(message)

@@ -1,3 +1,4 @@
+import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from flowkv.metrics import COUNTERS, LOAD_GAUGES, FrontendMetrics
@@ -41,6 +42,13 @@ def test_instances_are_exported_as_they_last_reported() -> None:
     assert found["flowkv_instance_transfer_bytes_total", d0] == 1000
     assert found["flowkv_instance_steps_total", d0] == 7
     assert found["flowkv_instance_transfer_exposed_seconds_total", d0] == 0.5
+
+
+def test_a_stalled_instance_is_shown() -> None:
+    statuses = [status("d0"), msgspec.structs.replace(status("d1"), is_stalled=True)]
+    found = samples(FrontendMetrics(lambda: statuses))
+    stalled = [found["flowkv_instance_stalled", labels(instance=name, role="decode")] for name in ("d0", "d1")]
+    assert stalled == [0, 1]
 
 
 def test_a_restarted_instance_starts_a_new_series() -> None:

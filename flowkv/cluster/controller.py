@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
-from flowkv import __version__
+from flowkv.cluster.admission import mismatch
+from flowkv.cluster.liveness import stall_timeout_s
 from flowkv.cluster.load import InstanceView
 from flowkv.cluster.scheduler import Placement, place
-from flowkv.errors import ProtocolError, TransferError
+from flowkv.config import TransferConfig
+from flowkv.errors import ProtocolError
 from flowkv.messages import (
     Abort,
     Accepted,
@@ -23,10 +25,10 @@ from flowkv.messages import (
     Rejected,
     Submit,
 )
-from flowkv.transfer.backends import choose_backend
 from flowkv.types import InstanceLoad, ModelInfo, Request
 
 _STATUS_INTERVAL_S = 0.25
+_MAX_ELAPSED_S = 1.0  # between two looks at the clock: after a longer stop the messages of that time are still unread
 _MAX_SETTLED = 10_000
 
 
@@ -44,13 +46,15 @@ class Controller:
     """Messages in by `handle`, messages out by `take_messages` as (address, message) pairs.
 
     `num_instances` is how many must be in service before the cluster is ready, `epoch` what instances of this cluster
-    were started with, and `backend` is `TransferConfig.backend`.
+    were started with, `backend` and `lease_s` are those of `TransferConfig`.
     """
 
-    def __init__(self, num_instances: int, epoch: str, backend: str) -> None:
+    def __init__(self, num_instances: int, epoch: str, backend: str, lease_s: float = TransferConfig().lease_s) -> None:
         self._num_instances = num_instances
         self._epoch = epoch
         self._backend = backend
+        self._stall_timeout_s = stall_timeout_s(lease_s)
+        self._last_tick_s: float | None = None
         self._frontends: dict[str, str] = {}  # name -> address
         self._views: dict[str, InstanceView] = {}
         self._dead: set[str] = set()
@@ -85,7 +89,13 @@ class Controller:
                 raise ProtocolError(f"a controller does not take a {type(message).__name__}")
 
     def tick(self, now_s: float) -> None:
-        """Called often; tells the frontends of the cluster at a beat."""
+        """Called often, when all messages are handled: looks who is silent, tells the frontends at a beat."""
+        elapsed_s = 0.0 if self._last_tick_s is None else min(now_s - self._last_tick_s, _MAX_ELAPSED_S)
+        self._last_tick_s = now_s
+        for view in self._views.values():
+            if view.pass_time(elapsed_s, self._stall_timeout_s) and view.is_in_service:
+                self._on_stalled(view.name)
+            self._settle_unanswered(view)
         if now_s >= self._status_due_s:
             self._status_due_s = now_s + _STATUS_INTERVAL_S
             self._broadcast_status()
@@ -108,10 +118,9 @@ class Controller:
         if request.request_id in self._assignments or request.request_id in self._settled:
             self._send(address, Accepted(request.request_id))
             return
-        views = [view for view in self._views.values() if view.is_in_service]
+        views = [view for view in self._views.values() if view.is_available]
         if not views:
-            reason = "no instance is ready" if not self._was_complete else "every instance is down"
-            self._send(address, Rejected(request.request_id, 503, reason, "unavailable"))
+            self._send(address, Rejected(request.request_id, 503, self._why_unavailable(), "unavailable"))
             return
         placement = place(request, views)
         if placement is None:
@@ -130,6 +139,11 @@ class Controller:
             first.expected[request.request_id] = first.num_blocks_for(len(request.prompt_ids) + 1)
         dispatch = Dispatch(prefill.dispatched(request), request, 0, address, decode_names)
         self._send(prefill.peer.address, dispatch)
+
+    def _why_unavailable(self) -> str:
+        if any(view.is_in_service for view in self._views.values()):
+            return "every instance is stalled"
+        return "every instance is down" if self._was_complete else "no instance is ready"
 
     def _too_large(self, request: Request) -> Rejected:
         most = max(view.max_choices for view in self._views.values())
@@ -156,7 +170,7 @@ class Controller:
         name = message.peer.instance
         if name in self._dead:
             return  # the news of its end came first
-        if (reason := self._mismatch(message)) is not None:
+        if (reason := mismatch(message, self._epoch, self._model, self._views.values(), self._backend)) is not None:
             self._send(message.peer.address, RegistrationRefused(reason))
             return
         self._model = message.model
@@ -168,35 +182,16 @@ class Controller:
         self._views[name] = newcomer
         self._admit(newcomer)
 
-    def _mismatch(self, message: Register) -> str | None:
-        """Why this instance does not belong here, or why KV cannot pass between it and those that do."""
-        if message.version != __version__:
-            return f"it runs FlowKV {message.version}, this cluster {__version__}"
-        if message.epoch != self._epoch:
-            return f"it was started for another cluster or an earlier one (epoch {message.epoch}, here {self._epoch})"
-        if self._model is not None and self._model != message.model:
-            return f"it serves {message.model}, the others {self._model}"
-        return next((reason for view in self._views.values() if (reason := self._pool_mismatch(message, view))), None)
-
-    def _pool_mismatch(self, message: Register, view: InstanceView) -> str | None:
-        mine, theirs = message.peer.pool, view.peer.pool
-        if message.block_size != view.block_size:
-            return f"its blocks hold {message.block_size} tokens, those of {view.name} {view.block_size}"
-        if (mine.layout_fingerprint, mine.block_bytes) != (theirs.layout_fingerprint, theirs.block_bytes):
-            return f"it has another KV layout than {view.name}"
-        try:
-            choose_backend(mine, theirs, self._backend)
-        except TransferError as error:
-            return str(error)
-        return None
-
     def _admit_newcomers(self) -> None:
         for newcomer in [view for view in self._views.values() if not view.is_in_service]:
             self._admit(newcomer)
 
     def _admit(self, newcomer: InstanceView) -> None:
-        """Into service with the links that it needs: the first request must not wait for a connection."""
-        others = [view for view in self._views.values() if view.is_in_service]
+        """Into service with the links that it needs: the first request must not wait for a connection.
+
+        Those to a stalled instance come up when it is back.
+        """
+        others = [view for view in self._views.values() if view.is_available]
         if not all(newcomer.is_linked_to(view) and view.is_linked_to(newcomer) for view in others):
             return
         newcomer.is_in_service = True
@@ -207,12 +202,16 @@ class Controller:
     def _on_load_report(self, message: LoadReport) -> None:
         if (view := self._views.get(message.instance)) is None:
             return  # it died; what it held is settled
+        was_stalled = view.liveness.is_stalled
         view.apply(message)
+        if was_stalled:
+            self._broadcast_status()
         self._admit_newcomers()
         for request_id, owner in message.handed_over:
             self._on_handed_over(request_id, owner)
         for request_id in message.finished:
             self._settle(request_id)
+        self._settle_unanswered(view)
 
     def _on_handed_over(self, request_id: str, owner: str) -> None:
         if (assignment := self._assignments.get(request_id)) is None:
@@ -220,7 +219,9 @@ class Controller:
         assignment.owner = owner
         self._forget_expected(request_id)
         if owner in self._dead:
-            self._fail(request_id, owner)
+            self._fail(request_id, f"instance {owner} died while it held this request", "instance_died")
+        elif self._is_stalled(owner):
+            self._fail_stalled(request_id, owner)
 
     def _on_exited(self, message: InstanceExited) -> None:
         """What it held ends with an error; everyone forgets it."""
@@ -231,15 +232,41 @@ class Controller:
         for view in self._views.values():
             self._send(view.peer.address, PeerDown(message.instance))
         for request_id in [r for r, a in self._assignments.items() if a.owner == message.instance]:
-            self._fail(request_id, message.instance)
+            self._fail(request_id, f"instance {message.instance} died while it held this request", "instance_died")
         self._admit_newcomers()
         self._broadcast_status()
 
-    def _fail(self, request_id: str, instance: str) -> None:
+    def _on_stalled(self, name: str) -> None:
+        """Nothing has been heard of it for too long: what it holds ends, and nothing more goes there until it is back.
+
+        The `Abort`s wait for it behind what was sent before, so that it runs nothing of this when it wakes.
+        """
+        for request_id in [r for r, a in self._assignments.items() if a.owner == name]:
+            self._fail_stalled(request_id, name)
+        self._admit_newcomers()
+        self._broadcast_status()
+
+    def _settle_unanswered(self, view: InstanceView) -> None:
+        """What it may have handed over to a peer that is silent: ended here, if there is no hope or it has ended."""
+        for (request_id, peer), seconds in list(view.unanswered.items()):
+            if request_id not in self._assignments:
+                self._send(view.peer.address, Abort(request_id))
+            elif seconds >= self._stall_timeout_s or self._is_stalled(peer):
+                self._fail_stalled(request_id, peer)
+            else:
+                continue
+            del view.unanswered[request_id, peer]
+
+    def _is_stalled(self, name: str) -> bool:
+        return name in self._views and self._views[name].liveness.is_stalled
+
+    def _fail_stalled(self, request_id: str, instance: str) -> None:
+        self._fail(request_id, f"instance {instance} stalled while it held this request", "instance_stalled")
+
+    def _fail(self, request_id: str, reason: str, code: str) -> None:
         assignment = self._assignments[request_id]
         self._on_abort(Abort(request_id))
-        text = f"instance {instance} died while it held this request"
-        self._send(self._frontends[assignment.frontend], Rejected(request_id, 500, text, "instance_died"))
+        self._send(self._frontends[assignment.frontend], Rejected(request_id, 500, reason, code))
         self._settle(request_id)
 
     def _settle(self, request_id: str) -> None:
@@ -261,7 +288,7 @@ class Controller:
         if self._model is not None:
             room = min(room, self._model.max_model_tokens)
         statuses = [view.status() for view in self._views.values()]
-        is_ready = self._was_complete and any(view.is_in_service for view in self._views.values())
+        is_ready = self._was_complete and any(view.is_available for view in self._views.values())
         return ClusterStatus(is_ready, self._model, room, statuses)
 
     def _broadcast_status(self) -> None:

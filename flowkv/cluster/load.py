@@ -3,9 +3,12 @@
 from collections import deque
 from dataclasses import dataclass, field
 
+from flowkv.cluster.liveness import Liveness
 from flowkv.cost import StepCost
 from flowkv.messages import LoadReport, PeerInfo
 from flowkv.types import InstanceCounters, InstanceLoad, InstanceStatus, LinkStatus, Request, Role
+
+_FIRST_PREFILL_S = 6.0  # a guess that is generous, since nothing is known: code may have to be compiled
 
 
 @dataclass(slots=True)
@@ -24,14 +27,21 @@ class InstanceView:
     counters: InstanceCounters = field(default_factory=InstanceCounters)
     links: list[LinkStatus] = field(default_factory=list)
     is_in_service: bool = False  # it and every other instance in service can write to each other
+    liveness: Liveness = field(default_factory=Liveness)
     cost: StepCost = field(default_factory=StepCost)
+    max_step_tokens: int = 0  # most prompt tokens of one step so far
     next_sequence: int = 1
     unseen: deque[tuple[int, int]] = field(default_factory=deque)  # (sequence, prompt tokens) not echoed yet
     expected: dict[str, int] = field(default_factory=dict)  # blocks of requests on their way here, by request
+    unanswered: dict[tuple[str, str], float] = field(default_factory=dict)  # as it reports them: seconds since
 
     @property
     def name(self) -> str:
         return self.peer.instance
+
+    @property
+    def is_available(self) -> bool:
+        return self.is_in_service and not self.liveness.is_stalled
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -62,6 +72,13 @@ class InstanceView:
         """Queue, then the prompt itself, then one step."""
         return self.cost.prefill_s(self.queued_tokens + len(request.prompt_ids)) + self.cost.decode_step_s
 
+    @property
+    def predicted_step_s(self) -> float:
+        """The longest step that it may be in now."""
+        if self.queued_tokens and not self.max_step_tokens:
+            return _FIRST_PREFILL_S
+        return self.cost.decode_step_s + self.cost.prefill_s(min(self.queued_tokens, self.max_step_tokens))
+
     def dispatched(self, request: Request) -> int:
         """Count a request that is being sent here to be prefilled; its dispatch sequence number."""
         sequence, self.next_sequence = self.next_sequence, self.next_sequence + 1
@@ -74,6 +91,15 @@ class InstanceView:
             self.unseen.popleft()
         for step in report.steps:
             self.cost.learn(step.prefill_tokens, step.decode_choices, step.seconds)
+            self.max_step_tokens = max(self.max_step_tokens, step.prefill_tokens)
+        self.liveness.heard()
+        self.unanswered = {key: self.unanswered.get(key, 0.0) for key in report.unanswered}
+
+    def pass_time(self, elapsed_s: float, timeout_s: float) -> bool:
+        """True if it becomes stalled now: silent for `timeout_s`, or longer where its steps are long."""
+        for key in self.unanswered:
+            self.unanswered[key] += elapsed_s
+        return self.liveness.pass_time(elapsed_s, timeout_s, self.predicted_step_s)
 
     def status(self) -> InstanceStatus:
         return InstanceStatus(
@@ -84,4 +110,5 @@ class InstanceView:
             load=self.load,
             counters=self.counters,
             links=self.links,
+            is_stalled=self.liveness.is_stalled,
         )

@@ -11,8 +11,9 @@ from flowkv.engine.batch import Batch, BatchItem, BatchResult, ItemResult
 from flowkv.engine.effects import Connect, Disconnect, Effect, Send
 from flowkv.engine.handoff_receiver import HandoffReceiver, Incoming
 from flowkv.engine.handoff_sender import HandoffSender
+from flowkv.engine.leases import LeaseClock
 from flowkv.engine.peers import Peers
-from flowkv.engine.report import Reporter
+from flowkv.engine.report import Reporter, State
 from flowkv.engine.scheduler import HybridScheduler
 from flowkv.engine.sequence import Sequence
 from flowkv.errors import ProtocolError
@@ -29,6 +30,8 @@ from flowkv.messages import (
     PeerUp,
     Refused,
     Release,
+    Renew,
+    Renewed,
     Reserve,
     Reserved,
 )
@@ -49,7 +52,6 @@ class Engine:
         lease_s: float = TransferConfig().lease_s,
     ) -> None:
         self.name = name
-        self._lease_s = lease_s
         self.blocks = BlockManager(num_blocks, config.block_size)
         self.scheduler = HybridScheduler(config, self.blocks, role)
         self._config = config
@@ -61,8 +63,10 @@ class Engine:
         self._in_flight: Batch | None = None
         self._limbo: list[Sequence] = []  # over, but their blocks are still being written or read
         self._reporter = Reporter(name, controller_address)
-        self._sender = HandoffSender(name, config.block_size, self._send_peer, self._effects_append, self._decode_here)
-        self._receiver = HandoffReceiver(name, self.blocks, self._send_peer, self._adopt)
+        self._clock = LeaseClock(lease_s)
+        send, emit = self._send_peer, self._effects.append
+        self._sender = HandoffSender(name, config.block_size, self._clock, send, emit, self._decode_here)
+        self._receiver = HandoffReceiver(name, self.blocks, self._clock, send, emit, self._adopt)
         self.scheduler.is_pinned = self._sender.is_pinned
 
     # --- in --------------------------------------------------------------------------------------------------------
@@ -74,20 +78,10 @@ class Engine:
                 self._on_dispatch(message)
             case Abort():
                 self._on_abort(message)
-            case Reserve():
-                self._receiver.on_reserve(message, self._has_room(message))
-            case Reserved():
-                self._sender.on_reserved(message)
-            case Refused():
-                self._sender.on_refused(message)
-            case KvReady():
-                self._receiver.on_ready(message)
-            case Release():
-                self._on_release(message)
-            case Cancel():
-                self._sender.on_cancel(message)
-            case CancelAck():
-                self._receiver.on_cancel_ack(message)
+            case Reserve() | KvReady() | Renew() | CancelAck():
+                self._hear_source(message)
+            case Reserved() | Refused() | Renewed() | Release() | Cancel():
+                self._hear_receiver(message)
             case PeerUp():
                 self._on_peer_up(message)
             case PeerDown():
@@ -137,11 +131,15 @@ class Engine:
         for address, items in outputs.items():
             self._effects.append(Send(address, Outputs(self.name, items)))
         self._sweep()
+        self._clock.stepped(seconds)
         self._reporter.add_step(batch, result, seconds)
         self._report(now_s)
 
     def tick(self, now_s: float) -> None:
-        """Called between steps, and at a slow beat while idle, so that others hear from this instance."""
+        """Called between steps, and at a slow beat while idle, when all messages and completions have been handled."""
+        elapsed_s = self._clock.elapsed_s(now_s)
+        self._sender.tick(elapsed_s)
+        self._receiver.tick(elapsed_s)
         self._report(now_s)
 
     # --- out -------------------------------------------------------------------------------------------------------
@@ -173,11 +171,14 @@ class Engine:
             free_blocks=self.blocks.num_free,
             used_blocks=self.blocks.num_blocks - self.blocks.num_free,
             reserved_blocks=self._receiver.num_reserved_blocks,
+            quarantined_blocks=self._receiver.num_quarantined_blocks,
         )
 
     @property
     def counters(self) -> InstanceCounters:
-        return self._reporter.counters(self._sender.counters, self.scheduler.num_preemptions)
+        return self._reporter.counters(
+            self._sender.counters, self.scheduler.num_preemptions, self._receiver.num_expired
+        )  # fmt: skip
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every used block is held by exactly the tables that this instance knows."""
@@ -226,6 +227,29 @@ class Engine:
                 self._retire(sequence)
         self._sweep()
 
+    def _hear_source(self, message: Reserve | KvReady | Renew | CancelAck) -> None:
+        match message:
+            case Reserve():
+                self._receiver.on_reserve(message, self._has_room(message))
+            case KvReady():
+                self._receiver.on_ready(message)
+            case Renew():
+                self._receiver.on_renew(message)
+            case CancelAck():
+                self._receiver.on_cancel_ack(message)
+
+    def _hear_receiver(self, message: Reserved | Refused | Renewed | Release | Cancel) -> None:
+        self._sender.heard(message.instance, message.lease_s if isinstance(message, Renewed) else 0.0)
+        match message:
+            case Reserved():
+                self._sender.on_reserved(message)
+            case Refused():
+                self._sender.on_refused(message)
+            case Release():
+                self._on_release(message)
+            case Cancel():
+                self._sender.on_cancel(message)
+
     def _on_release(self, message: Release) -> None:
         sequence = self._sender.on_release(message)
         if sequence is not None:
@@ -244,8 +268,12 @@ class Engine:
         self._receiver.on_peer_down(message.instance)
 
     def _adopt(self, incoming: Incoming) -> None:
-        """A request whose prompt was computed elsewhere is ours, with its blocks."""
+        """A request whose prompt was computed elsewhere is ours, with its blocks.
+
+        The controller hears it from both sides: either may die, or be stopped, before it could say so.
+        """
         reserve = incoming.reserve
+        self._reporter.handed_over.append((reserve.request.request_id, self.name))
         sequence = Sequence(
             reserve.request,
             reserve.request_attempt,
@@ -407,13 +435,13 @@ class Engine:
 
     # --- effects ---------------------------------------------------------------------------------------------------
 
-    def _effects_append(self, effect: Effect) -> None:
-        self._effects.append(effect)
-
     def _send_peer(self, instance: str, message: Message) -> None:
         self._effects += self._peers.send(instance, message)
 
     def _report(self, now_s: float) -> None:
-        report = self._reporter.report(now_s, lambda: self.load, lambda: self.counters, self._sender.links.statuses)
+        report = self._reporter.report(now_s, self._state)
         if report is not None:
             self._effects.append(report)
+
+    def _state(self) -> State:
+        return State(self.load, self.counters, self._sender.links.statuses(), self._sender.unanswered)

@@ -9,38 +9,36 @@
 
 Every block has one owner. P's blocks are P's until `Release`. D's blocks are nobody's to reuse from `Reserved` until
 D owns the request, or P has said `CancelAck` (its writes have drained), or P is known to be dead. Either side may give
-up at any time: D by `Cancel`, P by going straight to `CancelAck`.
+up at any time: D by `Cancel`, P by going straight to `CancelAck`. But once `KvReady` is out D may own the request, so P
+goes elsewhere only after `Cancel` or D's death; if D is silent P says so to the controller, who ends the request.
+
+Messages may be lost, doubled or late. A beat is a third of a lease (`leases`).
+
+    repeated every beat    until                   answered again, from memory if need be, with
+    Reserve                Reserved | Refused      Reserved; Release if adopted, else Refused
+    KvReady                Release | Cancel        Release if adopted; Cancel if given up or unknown
+    Cancel                 CancelAck               CancelAck, also for what P does not know (any more)
+    Renew (one a peer)     nothing is open         Renewed
+
+`Renew` names the transfers that P still wants. One that is not renewed for a lease is quarantined by D: `Cancel` goes
+out, the blocks stay untouched. P renews no transfer of which a write has failed, and none that has waited for its
+`Release` for a lease with nothing left to write: D then says what is true of it, Release or Cancel. P leaves a D that
+has answered nothing for a lease, unless `KvReady` is out.
 
 Both sides are pure: messages go out through the `send` they are given, by the peer's name.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import dataclass
 
-from flowkv.engine.effects import Write
+from flowkv.engine.effects import Effect
+from flowkv.engine.leases import LeaseClock, Watches
 from flowkv.engine.links import Links
 from flowkv.engine.sequence import Sequence
-from flowkv.messages import Cancel, CancelAck, KvReady, Message, Refused, Release, Reserve, Reserved
+from flowkv.engine.transfers import SendTo, Transfer, Transfers
+from flowkv.messages import Cancel, CancelAck, KvReady, Refused, Release, Renew, Reserve, Reserved
 from flowkv.transfer.base import Written
 from flowkv.transfer.plan import plan_runs
-
-SendTo = Callable[[str, Message], None]  # (instance name, message)
-
-
-@dataclass(slots=True, eq=False)
-class Transfer:
-    """One attempt to fill one peer's blocks."""
-
-    request_id: str
-    attempt: int
-    peer: str
-    immediate: int = 0
-    dst_blocks: list[int] | None = None  # None until `Reserved`
-    num_sent_blocks: int = 0
-    in_flight: set[int] = field(default_factory=set)  # tickets
-    is_closing: bool = False  # given up: `CancelAck` follows when nothing is in flight
-    is_announced: bool = False  # `KvReady` is out
 
 
 @dataclass(slots=True, eq=False)
@@ -54,16 +52,6 @@ class Outgoing:
     prefilled_s: float = 0.0
 
 
-@dataclass(slots=True)
-class TransferCounters:
-    num_bytes: int = 0
-    num_calls: int = 0
-    seconds: float = 0.0
-    exposed_seconds: float = 0.0
-    num_transfers: int = 0
-    num_fallbacks: int = 0
-
-
 class HandoffSender:
     """P's side. `decode_here(sequence, choices)` is called when no peer takes a prefilled request."""
 
@@ -71,23 +59,21 @@ class HandoffSender:
         self,
         name: str,
         block_size: int,
+        clock: LeaseClock,
         send: SendTo,
-        write: Callable[[Write], None],
+        emit: Callable[[Effect], None],
         decode_here: Callable[[Sequence, dict[int, list[int]]], None],
     ) -> None:
         self._name = name
         self._block_size = block_size
+        self._clock = clock
         self._send = send
-        self._write = write
         self._decode_here = decode_here
-        self._outgoing: dict[str, Outgoing] = {}
-        self._transfers: dict[int, Transfer] = {}  # by attempt
-        self._by_ticket: dict[int, tuple[Transfer, Outgoing]] = {}
-        self._num_in_flight: dict[str, int] = {}  # writes, by request
-        self._attempts = count(1)
-        self._tickets = count(1)
         self.links = Links()
-        self.counters = TransferCounters()
+        self._outgoing: dict[str, Outgoing] = {}
+        self._transfers = Transfers(name, send, emit, self.links)
+        self._watches = Watches(clock)
+        self.counters = self._transfers.counters
 
     @property
     def num_sending(self) -> int:
@@ -99,12 +85,20 @@ class HandoffSender:
         return [outgoing.sequence for outgoing in self._outgoing.values() if outgoing.choices is not None]
 
     @property
+    def unanswered(self) -> list[tuple[str, str]]:
+        """(Request id, peer) of those that only a silent peer can say the fate of."""
+        opened = self._transfers.opened
+        return [(t.request_id, t.peer) for t in opened if t.is_announced and self._watches.is_silent(t.peer)]
+
+    @property
     def is_idle(self) -> bool:
-        return not (self._outgoing or self._transfers or self._by_ticket)
+        return not self._outgoing and self._transfers.is_idle
 
     def is_pinned(self, sequence: Sequence) -> bool:
         """Its blocks are being read."""
-        return sequence.request.request_id in self._num_in_flight
+        return self._transfers.is_pinned(sequence.request.request_id)
+
+    # --- this instance's own steps ---------------------------------------------------------------------------------
 
     def expect(self, sequence: Sequence, candidates: list[str]) -> None:
         """This sequence is to be decoded by the first of `candidates` that has room."""
@@ -132,8 +126,9 @@ class HandoffSender:
             self.give_up(sequence.request.request_id)
             return False
         if outgoing.transfer is None:
-            return self._fall_back(outgoing)
-        self._advance(outgoing)
+            self._fall_back(outgoing)
+        else:
+            self._advance(outgoing)
         return True
 
     def give_up(self, request_id: str) -> Sequence | None:
@@ -142,7 +137,7 @@ class HandoffSender:
         if outgoing is None:
             return None
         if outgoing.transfer is not None:
-            self._close(outgoing.transfer)
+            self._transfers.close(outgoing.transfer)
         return outgoing.sequence if outgoing.choices is not None else None
 
     def drop_choice(self, request_id: str, choice: int) -> Sequence | None:
@@ -157,77 +152,120 @@ class HandoffSender:
         outgoing.choices.pop(choice, None)
         return None if outgoing.choices else self.give_up(request_id)
 
+    # --- what peers and links say ----------------------------------------------------------------------------------
+
+    def heard(self, peer: str, lease_s: float = 0.0) -> None:
+        """Any message of a peer's: it lives, and may be silent for `lease_s` if it says so."""
+        self._watches.heard(peer, lease_s)
+
     def on_reserved(self, message: Reserved) -> None:
-        transfer = self._transfers.get(message.attempt)
-        if transfer is None or transfer.is_closing or transfer.dst_blocks is not None:
+        if self._is_over(message):
             return
-        transfer.dst_blocks, transfer.immediate = message.block_ids, message.immediate
-        self._advance(self._outgoing[message.request_id])
+        transfer = self._transfers.get(message.attempt)
+        if transfer is not None and transfer.dst_blocks is None:
+            transfer.dst_blocks, transfer.immediate = message.block_ids, message.immediate
+            self._advance(self._outgoing[message.request_id])
 
     def on_refused(self, message: Refused) -> None:
-        if (transfer := self._transfers.pop(message.attempt, None)) is not None and not transfer.is_closing:
+        transfer = self._transfers.get(message.attempt)
+        if transfer is not None and transfer.dst_blocks is None:
+            self._transfers.finish(transfer)
             self._reserve_next(self._outgoing[message.request_id])
 
     def on_cancel(self, message: Cancel) -> None:
         """D takes the reservation back; another one may have room."""
-        transfer = self._transfers.get(message.attempt)
-        if transfer is None or transfer.is_closing:
-            return
-        self._close(transfer)
-        self._reserve_next(self._outgoing[message.request_id])
+        if not self._is_over(message) and (transfer := self._transfers.get(message.attempt)) is not None:
+            self._leave(transfer)
 
     def on_release(self, message: Release) -> Sequence | None:
         """D owns the request now. The sequence whose blocks are free to go."""
         transfer = self._transfers.get(message.attempt)
-        if transfer is None or transfer.is_closing:
+        if transfer is None or not transfer.is_announced:
             return None
         self.counters.num_transfers += 1
-        if transfer.in_flight:
-            transfer.is_closing = True  # D counted every block: what is missing is only our own completion
-        else:
-            del self._transfers[message.attempt]
+        self._transfers.finish(transfer)
         return self._outgoing.pop(message.request_id).sequence
 
     def on_written(self, written: Written) -> None:
-        transfer, outgoing = self._by_ticket.pop(written.ticket)
-        transfer.in_flight.remove(written.ticket)
-        remaining = self._num_in_flight.pop(transfer.request_id) - 1
-        if remaining:
-            self._num_in_flight[transfer.request_id] = remaining
-        self.links.count(transfer.peer, written.num_bytes, 0, written.seconds)
-        self.counters.num_bytes += written.num_bytes
-        self.counters.seconds += written.seconds
-        if outgoing.choices is not None:
-            after_prefill_s = max(0.0, written.finished_s - outgoing.prefilled_s)
-            self.counters.exposed_seconds += min(written.seconds, after_prefill_s)
-        if transfer.is_closing and not transfer.in_flight:
-            self._acknowledge(transfer)
+        transfer = self._transfers.written(written)
+        if written.error is None or transfer.is_closing:
+            return
+        if transfer.is_announced:
+            transfer.has_failed = True  # how much of it the peer has counted, only the peer can say
+        else:
+            self._leave(transfer)
 
     def on_peer_down(self, peer: str) -> None:
         """What it had not taken over goes elsewhere; the KV is still here."""
         self.links.down(peer)
-        for transfer in [t for t in self._transfers.values() if t.peer == peer]:
-            was_closing, transfer.is_closing = transfer.is_closing, True
-            if not transfer.in_flight:
-                del self._transfers[transfer.attempt]
-            if not was_closing:
-                self._reserve_next(self._outgoing[transfer.request_id])
+        for transfer in [t for t in self._transfers.opened if t.peer == peer]:
+            self._transfers.finish(transfer)
+            self._reserve_next(self._outgoing[transfer.request_id])
+
+    def tick(self, elapsed_s: float) -> None:
+        """So much time has passed: renew, repeat, and leave those who are silent."""
+        opened = self._transfers.opened
+        for peer in self._watches.tick(elapsed_s, dict.fromkeys(t.peer for t in opened)):
+            wanted = [t.attempt for t in opened if t.peer == peer and self._is_wanted(t)]
+            self._send(peer, Renew(self._name, wanted, self._clock.lease_s))
+        for transfer in opened:
+            if not transfer.is_announced and self._watches.is_silent(transfer.peer):
+                self._leave(transfer)
+            else:
+                self._wait(transfer, elapsed_s)
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _is_over(self, message: Reserved | Cancel) -> bool:
+        """D holds blocks for something that nobody here knows (any more): they are D's own again."""
+        if self._transfers.knows(message.attempt):
+            return False
+        self._send(message.instance, CancelAck(self._name, message.request_id, message.attempt))
+        return True
+
+    def _is_wanted(self, transfer: Transfer) -> bool:
+        """Whether it may still succeed, as far as this side knows."""
+        return not transfer.has_failed and transfer.drained_s < self._clock.lease_s
+
+    def _wait(self, transfer: Transfer, elapsed_s: float) -> None:
+        if transfer.is_announced and not transfer.in_flight:
+            transfer.drained_s += elapsed_s
+        if transfer.dst_blocks is not None and not transfer.is_announced:
+            return
+        transfer.unanswered_s += elapsed_s
+        if transfer.unanswered_s >= self._clock.beat_s:
+            transfer.unanswered_s = 0.0
+            self._ask(transfer)
+
+    def _ask(self, transfer: Transfer) -> None:
+        """Send what the peer has to answer: `Reserve`, or `KvReady` once all is posted."""
+        outgoing = self._outgoing[transfer.request_id]
+        sequence = outgoing.sequence
+        if transfer.dst_blocks is None:
+            message: Reserve | KvReady = Reserve(
+                self._name, transfer.attempt, sequence.request, sequence.attempt, sequence.frontend_address,
+                self._transfers.oldest_attempt, self._clock.lease_s,
+            )  # fmt: skip
+        else:
+            assert outgoing.choices is not None
+            num_blocks = len(transfer.dst_blocks)
+            message = KvReady(self._name, transfer.request_id, transfer.attempt, num_blocks, outgoing.choices)
+        self._send(transfer.peer, message)
+
+    def _leave(self, transfer: Transfer) -> None:
+        self._transfers.close(transfer)
+        self._reserve_next(self._outgoing[transfer.request_id])
 
     def _reserve_next(self, outgoing: Outgoing) -> None:
         outgoing.transfer = None
-        while outgoing.candidates and not self.links.is_up(outgoing.candidates[0]):
-            outgoing.candidates.pop(0)
-        if not outgoing.candidates:
-            if outgoing.choices is not None:
-                self._fall_back(outgoing)
-            return
-        sequence = outgoing.sequence
-        transfer = Transfer(sequence.request.request_id, next(self._attempts), outgoing.candidates.pop(0))
-        self._transfers[transfer.attempt] = outgoing.transfer = transfer
-        reserve = Reserve(
-            self._name, transfer.attempt, sequence.request, sequence.attempt, sequence.frontend_address
-        )  # fmt: skip
-        self._send(transfer.peer, reserve)
+        while outgoing.candidates:
+            peer = outgoing.candidates.pop(0)
+            if self.links.is_up(peer) and not self._watches.is_silent(peer):
+                outgoing.transfer = self._transfers.begin(outgoing.sequence.request.request_id, peer)
+                self._ask(outgoing.transfer)
+                return
+        if outgoing.choices is not None:
+            self._fall_back(outgoing)
 
     def _advance(self, outgoing: Outgoing) -> None:
         """Post the runs of every block that is finished and not yet sent; announce when that was all."""
@@ -235,42 +273,19 @@ class HandoffSender:
         if transfer is None or transfer.dst_blocks is None:
             return
         sequence = outgoing.sequence
-        is_prefilled = outgoing.choices is not None
-        done = len(transfer.dst_blocks) if is_prefilled else sequence.num_computed // self._block_size
+        done = sequence.num_computed // self._block_size
+        if outgoing.choices is not None:
+            done, transfer.prefilled_s = len(transfer.dst_blocks), outgoing.prefilled_s
         if done > transfer.num_sent_blocks:
             part = slice(transfer.num_sent_blocks, done)
-            runs = plan_runs(sequence.block_table[part], transfer.dst_blocks[part])
             transfer.num_sent_blocks = done
-            self.counters.num_calls += len(runs)
-            self.links.count(transfer.peer, 0, len(runs), 0.0)
-            self._post(Write(next(self._tickets), transfer.peer, runs, transfer.immediate), transfer, outgoing)
-        if outgoing.choices is not None and not transfer.is_announced:
+            self._transfers.post(transfer, plan_runs(sequence.block_table[part], transfer.dst_blocks[part]))
+        if outgoing.choices is not None:
             transfer.is_announced = True
-            request_id = transfer.request_id
-            self._send(
-                transfer.peer,
-                KvReady(self._name, request_id, transfer.attempt, len(transfer.dst_blocks), outgoing.choices),
-            )
+            self._ask(transfer)
 
-    def _post(self, write: Write, transfer: Transfer, outgoing: Outgoing) -> None:
-        transfer.in_flight.add(write.ticket)
-        self._by_ticket[write.ticket] = (transfer, outgoing)
-        self._num_in_flight[transfer.request_id] = self._num_in_flight.get(transfer.request_id, 0) + 1
-        self._write(write)
-
-    def _fall_back(self, outgoing: Outgoing) -> bool:
+    def _fall_back(self, outgoing: Outgoing) -> None:
         assert outgoing.choices is not None
         self.counters.num_fallbacks += 1
         del self._outgoing[outgoing.sequence.request.request_id]
         self._decode_here(outgoing.sequence, outgoing.choices)
-        return True
-
-    def _close(self, transfer: Transfer) -> None:
-        transfer.is_closing = True
-        if not transfer.in_flight:
-            self._acknowledge(transfer)
-
-    def _acknowledge(self, transfer: Transfer) -> None:
-        """Nothing of a transfer that was given up is in flight any more. Harmless where D has it all already."""
-        del self._transfers[transfer.attempt]
-        self._send(transfer.peer, CancelAck(self._name, transfer.request_id, transfer.attempt))

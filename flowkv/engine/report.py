@@ -1,15 +1,25 @@
 """What an instance tells the controller of itself, and when."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from flowkv.engine.batch import Batch, BatchResult
 from flowkv.engine.effects import Send
-from flowkv.engine.handoff_sender import TransferCounters
+from flowkv.engine.transfers import TransferCounters
 from flowkv.messages import LoadReport, StepSample
 from flowkv.types import InstanceCounters, InstanceLoad, LinkStatus
 
 _BUSY_INTERVAL_S = 0.02
 _IDLE_INTERVAL_S = 1.0
+
+
+class State(NamedTuple):
+    """What a report says of the moment when it is made; fields as in `LoadReport`."""
+
+    load: InstanceLoad
+    counters: InstanceCounters
+    links: list[LinkStatus]
+    unanswered: list[tuple[str, str]]
 
 
 class Reporter:
@@ -40,7 +50,7 @@ class Reporter:
         self._forward_seconds += result.forward_seconds
         self._sampling_seconds += result.sampling_seconds
 
-    def counters(self, transfers: TransferCounters, num_preemptions: int) -> InstanceCounters:
+    def counters(self, transfers: TransferCounters, num_preemptions: int, num_expired_leases: int) -> InstanceCounters:
         return InstanceCounters(
             num_steps=self._num_steps,
             prefill_tokens=self._prefill_tokens,
@@ -55,27 +65,28 @@ class Reporter:
             transfer_exposed_seconds=transfers.exposed_seconds,
             num_transfers=transfers.num_transfers,
             num_local_fallbacks=transfers.num_fallbacks,
+            num_expired_leases=num_expired_leases,
         )
 
     def report(
         self,
         now_s: float,
-        load: Callable[[], InstanceLoad],
-        counters: Callable[[], InstanceCounters],
-        links: Callable[[], list[LinkStatus]],
+        state: Callable[[], State],
     ) -> Send | None:
-        """The report that is due now, if any; `load`, `counters` and `links` are asked only then."""
+        """The report that is due now, if any; `state` is asked for only then."""
         if not self._is_due_at(now_s):
             return None
+        now = state()
         report = LoadReport(
             self._name,
             self.dispatch_sequence,
-            load(),
-            counters(),
+            now.load,
+            now.counters,
             self._steps,
             self.finished,
             self.handed_over,
-            links(),
+            now.links,
+            now.unanswered,
         )
         self.is_due = False
         self._last_report_s = now_s

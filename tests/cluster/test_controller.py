@@ -25,6 +25,8 @@ from flowkv.messages import (
 from flowkv.types import InstanceCounters, InstanceLoad, LinkStatus, ModelInfo, Request, Role, SamplingParams
 from tests.pools import descriptor
 
+LEASE_S = 2.5
+STALL_S = 5
 MODEL = ModelInfo(name="m", dtype="float32", vocab_size=10, max_model_tokens=1000)
 
 
@@ -32,7 +34,9 @@ class Rig:
     """A controller and what it says, by address."""
 
     def __init__(self, *roles: Role, num_blocks: int = 100) -> None:
-        self.controller = Controller(len(roles), "epoch", "local")
+        self.controller = Controller(len(roles), "epoch", "local", LEASE_S)
+        self.now_s = 0.0
+        self.controller.tick(self.now_s)
         self.num_blocks = num_blocks
         self.names: list[str] = []
         self.take(FrontendHello("f", "f"))
@@ -51,6 +55,20 @@ class Rig:
             load = InstanceLoad(free_blocks=self.num_blocks)
             out += self.take(LoadReport(sender, 0, load, InstanceCounters(), [], [], [], links))
         return out
+
+    def wait(self, seconds: int, *heard: str) -> list[tuple[str, Message]]:
+        """What is said while time passes; the instances `heard` report every second."""
+        for _ in range(seconds):
+            self.now_s += 1.0
+            for name in heard:
+                self.controller.handle(finished(name), self.now_s)
+            self.controller.tick(self.now_s)
+        return [out for out in self.controller.take_messages() if not isinstance(out[1], ClusterStatus)]
+
+    def status(self) -> ClusterStatus:
+        [(_, status)] = self.take(FrontendHello("f", "f"))
+        assert isinstance(status, ClusterStatus)
+        return status
 
     def take(self, message: Message) -> list[tuple[str, Message]]:
         self.controller.handle(message, 0.0)
@@ -73,9 +91,15 @@ class Rig:
         )
 
 
-def finished(name: str, *request_ids: str, handed_over: list[tuple[str, str]] | None = None) -> LoadReport:
-    """As from an instance whose links are what they were: a report without them would take it for one without."""
-    return LoadReport(name, 0, InstanceLoad(), InstanceCounters(), [], list(request_ids), handed_over or [])
+def finished(
+    name: str,
+    *request_ids: str,
+    handed_over: list[tuple[str, str]] | None = None,
+    unanswered: list[tuple[str, str]] | None = None,
+) -> LoadReport:
+    """As from an instance that has nothing else to say."""
+    load, counters = InstanceLoad(), InstanceCounters()
+    return LoadReport(name, 99, load, counters, [], list(request_ids), handed_over or [], [], unanswered or [])
 
 
 def test_ready_when_all_have_registered_and_everyone_knows_everyone() -> None:
@@ -208,3 +232,125 @@ def test_one_whose_end_was_told_before_it_registered_is_not_taken() -> None:
 def test_a_message_for_somebody_else_is_a_protocol_error() -> None:
     with pytest.raises(ProtocolError, match="PeerDown"):
         Rig(Role.MIXED).take(PeerDown("x"))
+
+
+def test_a_silent_instance_is_stalled_and_what_it_owns_ends() -> None:
+    rig = Rig(Role.PREFILL, Role.PREFILL, Role.DECODE)
+    assert [rig.dispatch(r)[0] for r in ("on its way", "elsewhere", "decoding")] == [
+        "prefill-0",
+        "prefill-1",
+        "prefill-0",
+    ]
+    rig.take(finished("prefill-0", handed_over=[("decoding", "decode-2")]))
+    assert rig.wait(STALL_S - 1, "prefill-1", "decode-2") == []
+    out = rig.wait(1, "prefill-1", "decode-2")
+    [failure] = [message for _, message in out if isinstance(message, Rejected)]
+    assert (failure.request_id, failure.status, failure.code) == ("on its way", 500, "instance_stalled")
+    assert "prefill-0" in failure.message
+    assert {address for address, message in out if message == Abort("on its way")} == {"prefill-0", "decode-2"}
+    assert rig.controller.num_assignments == 2
+    assert [status.is_stalled for status in rig.status().instances] == [True, False, False]
+    assert rig.wait(STALL_S, "prefill-1", "decode-2") == []
+
+
+def test_a_stalled_instance_gets_nothing_until_it_is_heard_again() -> None:
+    rig = Rig(Role.PREFILL, Role.PREFILL, Role.DECODE, Role.DECODE)
+    rig.wait(STALL_S, "prefill-1", "decode-3")
+    address, dispatch = rig.dispatch("r")
+    assert (address, dispatch.decode_instances) == ("prefill-1", ["decode-3"])
+    rig.take(finished("prefill-0"))
+    rig.take(finished("decode-2"))
+    address, dispatch = rig.dispatch("s")
+    assert address == "prefill-0" and set(dispatch.decode_instances) == {"decode-2", "decode-3"}
+    assert not any(status.is_stalled for status in rig.status().instances)
+
+
+def test_with_every_instance_stalled_the_answer_is_503() -> None:
+    rig = Rig(Role.PREFILL, Role.DECODE)
+    assert rig.status().ready
+    rig.wait(STALL_S)
+    assert not rig.status().ready
+    [(_, answer)] = rig.submit("r")
+    assert isinstance(answer, Rejected) and answer.status == 503 and "stalled" in answer.message
+    rig.take(finished("decode-1"))
+    assert rig.dispatch("s")[0] == "decode-1"
+
+
+def test_an_instance_may_be_silent_for_as_long_as_its_steps_need() -> None:
+    rig = Rig(Role.PREFILL)
+    rig.report("prefill-0", steps=[StepSample(10, 0, 10, 1.0)] * 100)  # 0.1 s a token
+    rig.dispatch("r", num_tokens=1000)
+    assert rig.wait(10) == []  # 10 times 10 tokens
+    assert rig.wait(1) != []
+
+
+def test_the_first_prompt_of_an_instance_may_take_a_minute() -> None:
+    rig = Rig(Role.PREFILL)
+    rig.dispatch("r")
+    assert rig.wait(59) == []
+    assert rig.wait(1) != []
+
+
+def test_a_controller_that_was_stopped_itself_takes_nobody_for_stalled() -> None:
+    rig = Rig(Role.PREFILL, Role.DECODE)
+    rig.now_s += 1000.0
+    assert rig.wait(1) == []
+    assert rig.status().ready
+
+
+def test_a_handoff_that_only_a_stalled_instance_could_answer_for_ends() -> None:
+    rig = Rig(Role.PREFILL, Role.DECODE)
+    rig.submit("r")
+    rig.wait(STALL_S - 1, "prefill-0")
+    assert rig.take(finished("prefill-0", unanswered=[("r", "decode-1")])) == []
+    out = rig.wait(1, "prefill-0")
+    assert out == []  # the last word of the prefill instance was that it has been answered
+    out = rig.take(finished("prefill-0", unanswered=[("r", "decode-1")]))
+    assert ("prefill-0", Abort("r")) in out and ("decode-1", Abort("r")) in out
+    assert [m.code for _, m in out if isinstance(m, Rejected)] == ["instance_stalled"]
+
+
+def test_a_handoff_that_nobody_answers_for_ends_even_if_the_peer_is_heard_by_others() -> None:
+    rig = Rig(Role.PREFILL, Role.DECODE)
+    rig.submit("r")
+    for second in range(1, STALL_S):
+        rig.take(finished("prefill-0", unanswered=[("r", "decode-1")]))
+        assert rig.wait(1, "decode-1") == [], second
+    out = rig.take(finished("prefill-0", unanswered=[("r", "decode-1")])) + rig.wait(1, "decode-1")
+    assert [m.code for _, m in out if isinstance(m, Rejected)] == ["instance_stalled"]
+
+
+def test_who_waits_for_an_answer_to_what_has_ended_is_told_once_a_report() -> None:
+    rig = Rig(Role.PREFILL, Role.DECODE)
+    rig.submit("r")
+    rig.take(finished("decode-1", "r"))
+    assert rig.take(finished("prefill-0", unanswered=[("r", "decode-1")])) == [("prefill-0", Abort("r"))]
+    assert rig.wait(2, "decode-1") == []
+
+
+def test_a_handoff_to_one_that_has_stalled_meanwhile_ends_the_request() -> None:
+    rig = Rig(Role.PREFILL, Role.DECODE)
+    rig.submit("r")
+    rig.wait(STALL_S, "prefill-0")
+    out = rig.take(finished("prefill-0", handed_over=[("r", "decode-1")]))
+    assert [m.code for _, m in out if isinstance(m, Rejected)] == ["instance_stalled"]
+
+
+def test_the_new_owner_may_be_the_first_to_say_so() -> None:
+    rig = Rig(Role.PREFILL, Role.DECODE)
+    rig.submit("r")
+    rig.take(finished("decode-1", handed_over=[("r", "decode-1")]))
+    assert not any(isinstance(m, Rejected) for _, m in rig.take(InstanceExited("prefill-0", "was killed")))
+    rig.take(finished("decode-1", "r"))
+    assert rig.controller.num_assignments == 0
+
+
+def test_a_newcomer_does_not_wait_for_a_link_to_a_stalled_instance() -> None:
+    rig = Rig(Role.PREFILL, Role.DECODE)
+    rig.wait(STALL_S, "prefill-0")
+    peer = PeerInfo("decode-9", "decode-9", descriptor("decode-9", "L", 100))
+    rig.take(Register(peer, Role.DECODE, MODEL, 16, 8, __version__, "epoch"))
+    load, counters = InstanceLoad(), InstanceCounters()
+    for name, other in (("prefill-0", "decode-9"), ("decode-9", "prefill-0")):
+        out = rig.take(LoadReport(name, 0, load, counters, [], [], [], [LinkStatus(peer=other, backend="local")]))
+    assert ("decode-9", Registered()) in out
