@@ -9,13 +9,14 @@ import sys
 import threading
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what asks the launcher to stop
 
 
-def child_main(orphaned_folders: list[str], target: Callable[..., object], args: tuple[Any, ...]) -> None:
-    """Run `target`, and end with the launcher if not before.
+def child_main(name: str, orphaned_folders: list[str], target: Callable[..., object], args: tuple[Any, ...]) -> None:
+    """Run `target` as a process that `ps` and `top` call `name`, and end with the launcher if not before.
 
     A result other than 0 or None says that `target` could not start and has sent `StartFailed`. The process then waits
     to be stopped, or its end could be seen before its reason is read.
@@ -27,6 +28,7 @@ def child_main(orphaned_folders: list[str], target: Callable[..., object], args:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, once(sys.exit))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the launcher had blocked them for this moment
+    Path("/proc/self/comm").write_text(name)  # the kernel keeps 15 characters of it
     _die_with_launcher(signal.SIGTERM if orphaned_folders else signal.SIGKILL)
     logging.basicConfig(level=logging.WARNING, format="flowkv: %(message)s", stream=sys.stderr)
     try:

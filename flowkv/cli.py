@@ -9,6 +9,7 @@ from typing import Any
 from flowkv import __version__
 from flowkv.config import DTYPES, ClusterConfig, load_config
 from flowkv.errors import FlowKVError
+from flowkv.types import Role
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,10 +28,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(args: argparse.Namespace) -> None:
     config = load_config(args.config, _overrides(args), args.set)
     from flowkv.display import TerminalDisplay  # what --help does not need
-    from flowkv.launch import Launcher
+    from flowkv.launch.serve import serve
 
-    with TerminalDisplay(config) as display:
-        Launcher(config, display).run()
+    with TerminalDisplay() as display:
+        serve(config, display)
+
+
+def _join(args: argparse.Namespace) -> None:
+    from flowkv.display import TerminalDisplay
+    from flowkv.launch.join import JoinOptions, join
+
+    options = JoinOptions(
+        controller=args.controller,
+        role=Role(args.role),
+        count=args.count,
+        model=args.model,
+        address=args.address,
+        cluster_key_file=args.cluster_key_file,
+        overrides=_overrides(args),
+    )
+    with TerminalDisplay() as display:
+        join(options, display)
+
+
+def _key(args: argparse.Namespace) -> None:
+    from flowkv.auth import new_key
+
+    print(new_key())
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:
@@ -38,10 +62,10 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
     keys = {
         "model": "model", "model_name": "model_name", "prefill": "prefill", "decode": "decode", "mixed": "mixed",
         "dtype": "dtype", "toy": "toy", "host": "server.host", "port": "server.port", "kv_memory": "engine.kv_memory",
-        "threads": "engine.threads",
+        "threads": "engine.threads", "listen": "network.listen", "cluster_key_file": "network.cluster_key_file",
     }  # fmt: skip
-    given = {key: getattr(args, option) for option, key in keys.items()}
-    return {key: value for key, value in given.items() if value is not None}
+    given = {key: getattr(args, option, None) for option, key in keys.items()}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in given.items() if value is not None}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,15 +75,64 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"flowkv {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_serve(commands)
+    _add_join(commands)
+    _add_key(commands)
     return parser
+
+
+def _add_join(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    join = commands.add_parser(
+        "join",
+        help="add instances on this node to the cluster of another",
+        description="Start instances on this node for the cluster of another, where flowkv serve --listen runs (or "
+        "soon will). What they serve and how is that cluster's. Ctrl-C or SIGTERM takes them out again.",
+    )
+    join.set_defaults(command=_join)
+    join.add_argument("controller", metavar="CONTROLLER_ADDRESS", help="HOST[:PORT] that serve listens on for nodes")
+    join.add_argument(
+        "model", nargs="?", metavar="MODEL", help="folder of the model on this node (default: its path on the other)"
+    )
+    join.add_argument("--role", choices=list(Role), required=True, help="of the instances here")
+    join.add_argument("--count", type=_positive, default=1, metavar="N", help="instances here (default: 1)")
+    join.add_argument(
+        "--address", metavar="HOST", help="of this node, for the others (default: that of the route to the controller)"
+    )
+    _add_key_file(join)
+    engine = join.add_argument_group("instances")
+    engine.add_argument("--kv-memory", metavar="SIZE", help="KV pool of one instance (default: as in the cluster)")
+    engine.add_argument("--threads", type=int, metavar="N", help="threads of one instance (default: as in the cluster)")
+
+
+def _add_key(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    key = commands.add_parser(
+        "key",
+        help="print a new key for a cluster of several nodes",
+        description="Print a new random key. Put it into a file that only you can read, on every node of a cluster.",
+    )
+    key.set_defaults(command=_key)
+
+
+def _add_key_file(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    parser.add_argument(
+        "--cluster-key-file",
+        type=Path,
+        metavar="FILE",
+        help="the key that all nodes share; see flowkv key (default: the variable FLOWKV_CLUSTER_KEY)",
+    )
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
 
 def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     serve = commands.add_parser(
         "serve",
-        help="start an OpenAI-compatible server over prefill and decode instances on this machine",
-        description="Start an OpenAI-compatible server over prefill and decode instances on this machine. "
-        "Ctrl-C or SIGTERM stops it and leaves nothing behind.",
+        help="start an OpenAI-compatible server over prefill and decode instances",
+        description="Start an OpenAI-compatible server over prefill and decode instances on this node, "
+        "and on others that join. Ctrl-C or SIGTERM stops it and leaves nothing behind.",
         epilog="Options win over the configuration file, and --set over both.",
     )
     serve.set_defaults(command=_serve)
@@ -86,6 +159,11 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     server.add_argument(
         "--model-name", metavar="NAME", help="what the API calls the model (default: its folder's name)"
     )
+    network = serve.add_argument_group("several nodes")
+    network.add_argument(
+        "--listen", metavar="HOST[:PORT]", help="address of this node where others may join (default port: 8100)"
+    )
+    _add_key_file(network)
     files = serve.add_argument_group("configuration")
     files.add_argument("--config", type=Path, metavar="FILE", help="TOML file; docs/operations.md lists its keys")
     files.add_argument(

@@ -12,6 +12,7 @@ from flowkv.types import Role
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKENDS = ("auto", "shm", "nixl")
+DEFAULT_LISTEN_PORT = 8100
 DEVICES = ("cpu",)  # more as their kernels come
 
 
@@ -69,8 +70,25 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError(f"server.max_body_bytes is at least 1, not {self.max_body_bytes}")
 
 
+class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Several nodes. All of them must have the same key: from this file, or else from the environment."""
+
+    listen: str | None = None  # HOST[:PORT] where other nodes reach the controller; None: this node alone
+    cluster_key_file: str | None = None
+    node_timeout_s: float = 10.0  # controller and joined node give each other up after so long a silence
+
+    def __post_init__(self) -> None:
+        if self.listen is not None:
+            parse_endpoint(self.listen)
+        if not 2 <= self.node_timeout_s <= 3600:
+            raise ValueError(f"network.node_timeout_s is a number of seconds from 2 to 3600, not {self.node_timeout_s}")
+
+
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A whole cluster on one node. `model` None is the bundled one; `toy` needs none."""
+    """A cluster: what all of its instances share, and the instances on the node of its controller.
+
+    `model` None is the bundled one; `toy` needs none.
+    """
 
     model: str | None = None
     model_name: str | None = None  # what /v1/models calls it; default: the folder's name
@@ -84,6 +102,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     engine: EngineConfig = msgspec.field(default_factory=EngineConfig)
     server: ServerConfig = msgspec.field(default_factory=ServerConfig)
     transfer: TransferConfig = msgspec.field(default_factory=TransferConfig)
+    network: NetworkConfig = msgspec.field(default_factory=NetworkConfig)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -92,12 +111,12 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             raise ValueError(f"device is one of {', '.join(DEVICES)}, not {self.device!r}")
         if not 0 <= self.toy_step_s < 60:
             raise ValueError(f"toy_step_s is a number of seconds under 60, not {self.toy_step_s}")
-        if min(self.prefill, self.decode, self.mixed) < 0 or not self.roles:
+        if min(self.prefill, self.decode, self.mixed) < 0 or not (self.roles or self.network.listen):
             raise ValueError("a cluster needs at least one instance: set prefill, decode or mixed")
 
     @property
     def roles(self) -> list[Role]:
-        """The role of every instance, in the order in which they are started."""
+        """The role of every instance of this node, in the order in which they are started."""
         return [Role.PREFILL] * self.prefill + [Role.DECODE] * self.decode + [Role.MIXED] * self.mixed
 
 
@@ -116,6 +135,29 @@ def load_config(path: Path | None, overrides: dict[str, Any], dotted: Sequence[s
         _set(tree, key.strip(), _parse_value(text.strip()))
     if tree.get("mixed") and "prefill" not in tree and "decode" not in tree:
         tree |= {"prefill": 0, "decode": 0}
+    return _convert(tree)
+
+
+def with_overrides(config: ClusterConfig, overrides: dict[str, Any]) -> ClusterConfig:
+    """The same with other values for some `section.key`s. ConfigError as for `load_config`."""
+    tree: dict[str, Any] = msgspec.to_builtins(config)
+    for key, value in overrides.items():
+        _set(tree, key, value)
+    return _convert(tree)
+
+
+def parse_endpoint(text: str) -> tuple[str, int]:
+    """(host, port) of `HOST`, `HOST:PORT` or `[IPV6]:PORT`. ValueError for anything else."""
+    host, separator, port = text.rpartition(":")
+    if not separator or text.endswith("]") or (text.count(":") > 1 and not host.endswith("]")):
+        host, port = text, str(DEFAULT_LISTEN_PORT)
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535:
+        raise ValueError(f"an address is HOST or HOST:PORT, with a port from 1 to 65535, not {text!r}")
+    return host, int(port)
+
+
+def _convert(tree: dict[str, Any]) -> ClusterConfig:
     try:
         return msgspec.convert(tree, ClusterConfig)
     except msgspec.ValidationError as error:

@@ -1,18 +1,15 @@
-"""What `flowkv serve` shows on the terminal."""
+"""What `flowkv serve` and `flowkv join` show on the terminal."""
 
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from flowkv.config import ClusterConfig
-
 
 class TerminalDisplay:
     """On a terminal a bar for each process that starts, elsewhere a line for each change. All of it on stderr."""
 
-    def __init__(self, config: ClusterConfig) -> None:
-        self._config = config
+    def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._tasks: dict[str, TaskID] = {}
         self._last_text: dict[str, str] = {}
@@ -42,11 +39,10 @@ class TerminalDisplay:
             self._last_text[process] = text
             self.note(f"{process}: {text}")
 
-    def ready(self, url: str) -> None:
+    def ready(self, text: str) -> None:
+        """Everything runs: no more bars."""
         self._bars.stop()
-        roles = self._config.roles
-        counts = ", ".join(f"{roles.count(role)} {role}" for role in dict.fromkeys(roles))
-        self.note(f"serving at {url} ({counts}); Ctrl-C stops it")
+        self.note(text)
 
     def note(self, text: str) -> None:
         self._console.print(f"flowkv: {text}", markup=False)

@@ -2,6 +2,9 @@
 
 Every process owns one `Mailbox` (a PULL socket) and writes to those of others through an `Outbox` (one PUSH socket a
 peer). Delivery between two processes is in order; nothing is promised across three.
+
+Within a node mailboxes are at `ipc://` paths in a folder that only its owner may enter. Between nodes they are at
+`tcp://HOST:PORT`, where both ends must hold the cluster's key (`flowkv.auth`).
 """
 
 import logging
@@ -11,10 +14,15 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from flowkv.auth import ClusterKey, Doorkeeper
 from flowkv.errors import ConfigError, ProtocolError
 from flowkv.messages import AnyMessage, Message
 
 MAX_IPC_PATH_BYTES = 107  # sun_path of Linux is 108 bytes, the closing zero included
+_DEAD_LINK_S = 20
+_KEEPALIVE_PROBES = 3
+_HANDSHAKE_MS = 10_000
+_RECONNECT_MS, _MAX_RECONNECT_MS = 100, 2000
 
 _logger = logging.getLogger(__name__)
 _encoder = msgspec.msgpack.Encoder()
@@ -47,21 +55,57 @@ def check_address(address: str) -> None:
         )
 
 
-class Mailbox:
-    """What one process receives. `address` is where peers write to, with the port filled in where tcp chose one."""
+def tcp_address(host: str, port: int | str) -> str:
+    """The address of a mailbox on a numeric `host`. A mailbox may be opened at port `*`: any free one."""
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
-    def __init__(self, context: SyncContext, address: str) -> None:
-        """Raises `ConfigError` where the address is too long or cannot be bound."""
+
+def _is_tcp(address: str) -> bool:
+    return address.startswith("tcp://")
+
+
+def _prepare_tcp(socket: zmq.SyncSocket, address: str) -> None:
+    """The kernel finds dead links, not heartbeats of ZeroMQ: those also give up a peer that is only stopped, and what
+    it then finds on its old connection and on its new one has no order."""
+    socket.ipv6 = "[" in address
+    socket.tcp_keepalive = 1
+    socket.tcp_keepalive_idle = socket.tcp_keepalive_intvl = _DEAD_LINK_S // (_KEEPALIVE_PROBES + 1)
+    socket.tcp_keepalive_cnt = _KEEPALIVE_PROBES
+    socket.tcp_maxrt = _DEAD_LINK_S * 1000  # the same while something that was sent is not acknowledged
+    socket.handshake_ivl = _HANDSHAKE_MS
+    socket.reconnect_ivl, socket.reconnect_ivl_max = _RECONNECT_MS, _MAX_RECONNECT_MS
+
+
+def _require_key(address: str, key: ClusterKey | None) -> ClusterKey:
+    if key is None:
+        raise ConfigError(f"{address} is open to the network, which takes the cluster's key")
+    return key
+
+
+class Mailbox:
+    """What one process receives. `address` is where peers write to, with the port filled in where tcp chose one.
+
+    In one context there is at most one mailbox on tcp.
+    """
+
+    def __init__(self, context: SyncContext, address: str, key: ClusterKey | None = None) -> None:
+        """Raises `ConfigError` where the address is too long, cannot be bound, or is on tcp and there is no key."""
         check_address(address)
+        member_key = _require_key(address, key) if _is_tcp(address) else None
+        self._doorkeeper: Doorkeeper | None = None
         self.socket = context.socket(zmq.PULL)
         # No bound: a message that is dropped or blocks its sender could break the protocol, and how many there can
         # be is bounded by the requests that the controller has admitted.
         self.socket.rcvhwm = 0
         self.socket.linger = 0
+        if member_key is not None:
+            _prepare_tcp(self.socket, address)
+            member_key.open_to_members(self.socket)
+            self._doorkeeper = Doorkeeper(context, member_key, self.socket)
         try:
             self.socket.bind(address)
         except zmq.ZMQError as error:
-            self.socket.close()
+            Mailbox.close(self)
             raise ConfigError(f"cannot listen at {address}: {error}") from error
         self.address = cast(bytes, self.socket.get(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
 
@@ -80,6 +124,8 @@ class Mailbox:
 
     def close(self) -> None:
         self.socket.close()
+        if self._doorkeeper is not None:
+            self._doorkeeper.close()
 
     @staticmethod
     def _append_decoded(messages: list[AnyMessage], frame: bytes) -> None:
@@ -92,8 +138,8 @@ class Mailbox:
 class AsyncMailbox(Mailbox):
     """The same for asyncio. Make and use it inside a running event loop."""
 
-    def __init__(self, context: SyncContext, address: str) -> None:
-        super().__init__(context, address)
+    def __init__(self, context: SyncContext, address: str, key: ClusterKey | None = None) -> None:
+        super().__init__(context, address, key)
         self._async_socket = zmq.asyncio.Socket.shadow(self.socket.underlying)
 
     async def receive(self) -> list[AnyMessage]:
@@ -111,12 +157,14 @@ class AsyncMailbox(Mailbox):
 class Outbox:
     """Sends to any mailbox by address. Sending never blocks and never fails: a peer that is gone reads nothing."""
 
-    def __init__(self, context: SyncContext) -> None:
+    def __init__(self, context: SyncContext, key: ClusterKey | None = None) -> None:
+        """`key` is for peers on tcp."""
         self._context = context
+        self._key = key
         self._sockets: dict[str, zmq.SyncSocket] = {}
 
     def send(self, address: str, message: Message) -> None:
-        """Raises `ConfigError` for an `ipc://` path that is too long."""
+        """Raises `ConfigError` for an `ipc://` path that is too long, and for tcp without a key."""
         socket = self._sockets.get(address) or self._connect(address)
         socket.send(encode(message), zmq.NOBLOCK)
 
@@ -134,9 +182,13 @@ class Outbox:
 
     def _connect(self, address: str) -> zmq.SyncSocket:
         check_address(address)
+        key = _require_key(address, self._key) if _is_tcp(address) else None
         socket = self._context.socket(zmq.PUSH)
         socket.sndhwm = 0  # as in Mailbox: bounded by admitted requests
         socket.linger = 0
+        if key is not None:
+            _prepare_tcp(socket, address)
+            key.identify(socket)
         socket.connect(address)
         self._sockets[address] = socket
         return socket

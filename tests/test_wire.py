@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowkv import messages as m
+from flowkv.config import ClusterConfig
 from flowkv.errors import ConfigError, ProtocolError
 from flowkv.types import (
     FinishReason,
@@ -49,10 +50,14 @@ EXAMPLES: list[m.AnyMessage] = [
     m.Register(PEER, Role.DECODE, MODEL, 16, 256, "0.1", "epoch"),
     m.Registered(),
     m.RegistrationRefused("another model"),
-    m.Renew("p0.1"),
+    m.Renew("p0.1", [1, 3], 5.0),
+    m.Renewed("d0.1", 5.0),
     m.StepSample(1, 2, 3, 0.5),
     m.LoadReport("p0.1", 3, InstanceLoad(), InstanceCounters(), [m.StepSample(1, 2, 3, 0.5)], ["r0"], [("r1", "d0.1")]),
     m.InstanceExited("p0.1", "killed"),
+    m.Join("l0", "host/0", "tcp://10.0.0.2:4000", "0.1"),
+    m.NodeBeat("l0", "tcp://10.0.0.2:4000", "epoch"),
+    m.Leave("l0"),
     m.Dispatch(1, REQUEST, 0, "ipc:///run/f0", ["d0.1"]),
     m.PeerUp(PEER),
     m.PeerDown("p0.1"),
@@ -70,6 +75,10 @@ EXAMPLES: list[m.AnyMessage] = [
     m.Progress("p0", 0.5, "loading"),
     m.Ready("p0"),
     m.StartFailed("p0", "no such folder"),
+    m.Note("p0 -> d0  shm"),
+    m.Welcome("node-1", "epoch", ClusterConfig(toy=True, model_name="toy"), "toy"),
+    m.ControllerBeat("epoch"),
+    m.Dismissed("another version"),
 ]
 
 

@@ -1,13 +1,28 @@
-"""The process of the controller: the shell around `Controller`."""
+"""The process of the controller: the shell around `Controller` and `Nodes`."""
 
 import logging
 import time
+from dataclasses import dataclass
 
 import zmq
 
+from flowkv.auth import ClusterKey
 from flowkv.cluster.controller import Controller
-from flowkv.errors import ProtocolError
-from flowkv.messages import InstanceExited, Message, Ready
+from flowkv.cluster.nodes import Nodes
+from flowkv.config import ClusterConfig
+from flowkv.errors import FlowKVError, ProtocolError
+from flowkv.messages import (
+    InstanceExited,
+    Join,
+    Leave,
+    Message,
+    NodeBeat,
+    Note,
+    Ready,
+    Register,
+    RegistrationRefused,
+    StartFailed,
+)
 from flowkv.wire import Mailbox, Outbox, SyncContext
 
 _BEAT_MS = 250
@@ -15,37 +30,98 @@ _BEAT_MS = 250
 _logger = logging.getLogger(__name__)
 
 
-def run_controller(
-    name: str, address: str, launcher_address: str, num_instances: int, epoch: str, backend: str
-) -> None:
-    """Serve until SystemExit."""
+@dataclass(frozen=True, slots=True)
+class ControllerSpec:
+    """All that a new process needs to become a controller."""
+
+    name: str
+    address: str
+    launcher_address: str
+    epoch: str
+    config: ClusterConfig  # of the cluster, as joining nodes get it
+    model_name: str
+    key: ClusterKey | None  # None: nothing is on the network
+
+
+def run_controller(spec: ControllerSpec) -> int:
+    """Serve until SystemExit. Returns 1, after `StartFailed`, if it cannot start."""
     context = SyncContext()
-    outbox = Outbox(context)
-    mailbox = Mailbox(context, address)
-    controller = Controller(num_instances, epoch, backend)
-    outbox.send(launcher_address, Ready(name))
-    poller = zmq.Poller()
-    poller.register(mailbox.socket, zmq.POLLIN)
+    outbox = Outbox(context, spec.key)
+    try:
+        mailbox = Mailbox(context, spec.address, spec.key)
+    except FlowKVError as error:
+        outbox.send(spec.launcher_address, StartFailed(spec.name, str(error)))
+        outbox.close()
+        context.term()
+        return 1
+    service = _Service(spec, mailbox, outbox)
     try:
         while True:
-            poller.poll(_BEAT_MS)
-            for message in mailbox.receive_all():
-                _handle(controller, message)
-            controller.tick(time.monotonic())
-            for to, answer in controller.take_messages():
-                outbox.send(to, answer)
-            while controller.gone_addresses:
-                outbox.drop(controller.gone_addresses.pop())
+            service.turn()
     finally:
+        service.close()
         mailbox.close()
         outbox.close()
         context.term()
 
 
-def _handle(controller: Controller, message: Message) -> None:
-    if isinstance(message, InstanceExited):
+class _Service:
+    def __init__(self, spec: ControllerSpec, mailbox: Mailbox, outbox: Outbox) -> None:
+        config = spec.config
+        self._launcher_address = spec.launcher_address
+        self._mailbox = mailbox
+        self._outbox = outbox
+        self._controller = Controller(
+            len(config.roles), spec.epoch, config.transfer.backend, config.transfer.lease_s
+        )  # fmt: skip
+        self._nodes = Nodes(spec.epoch, config, spec.model_name)
+        self._poller = zmq.Poller()
+        self._poller.register(mailbox.socket, zmq.POLLIN)
+        outbox.send(spec.launcher_address, Ready(spec.name))
+
+    def turn(self) -> None:
+        """Messages, or a beat."""
+        self._poller.poll(_BEAT_MS)
+        for message in self._mailbox.receive_all():
+            self._handle(message)
+        self._controller.tick(time.monotonic())
+        self._nodes.tick(time.monotonic())
+        self._send_all()
+
+    def close(self) -> None:
+        """Joined nodes need not wait until they miss the controller."""
+        self._nodes.dismiss_all("the cluster has stopped")
+        self._send_all()
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case Join() | NodeBeat() | Leave():
+                self._nodes.handle(message, time.monotonic())
+                for exited in self._nodes.take_exits():
+                    self._on_exited(exited)
+            case Register() if (reason := self._nodes.refusal(message)) is not None:
+                self._outbox.send(message.peer.address, RegistrationRefused(reason))
+            case InstanceExited():
+                self._nodes.on_exited(message.instance)
+                self._on_exited(message)
+            case _:
+                self._tell_controller(message)
+
+    def _on_exited(self, message: InstanceExited) -> None:
         _logger.warning("instance %s is gone: %s", message.instance, message.reason)
-    try:
-        controller.handle(message, time.monotonic())
-    except ProtocolError as error:
-        _logger.warning("ignored a message: %s", error)
+        self._tell_controller(message)
+
+    def _tell_controller(self, message: Message) -> None:
+        try:
+            self._controller.handle(message, time.monotonic())
+        except ProtocolError as error:
+            _logger.warning("ignored a message: %s", error)
+
+    def _send_all(self) -> None:
+        for to, answer in self._controller.take_messages() + self._nodes.take_messages():
+            self._outbox.send(to, answer)
+        for text in self._nodes.take_notes():
+            self._outbox.send(self._launcher_address, Note(text))
+        for gone_addresses in (self._controller.gone_addresses, self._nodes.gone_addresses):
+            while gone_addresses:
+                self._outbox.drop(gone_addresses.pop())

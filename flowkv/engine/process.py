@@ -1,6 +1,7 @@
 """The process of one instance: the shell around its `Engine`."""
 
 import logging
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,20 +10,33 @@ from typing import NoReturn, Protocol
 import zmq
 
 from flowkv import __version__
+from flowkv.auth import ClusterKey
 from flowkv.config import ClusterConfig, parse_bytes
 from flowkv.engine.batch import Runner
 from flowkv.engine.effects import CancelWrite, Connect, Disconnect, Effect, Expect, Forget, Send, Write
 from flowkv.engine.engine import Engine
+from flowkv.engine.link_notes import LinkNotes
 from flowkv.engine.toy import MAX_MODEL_TOKENS, VOCAB_SIZE, ToyRunner, toy_layout
 from flowkv.errors import FlowKVError, PoolError, ProtocolError, TransferError
 from flowkv.kv.layout import KvLayout
 from flowkv.kv.pool import KvPool, available_memory_bytes
-from flowkv.messages import Message, PeerInfo, Progress, Ready, Register, Registered, RegistrationRefused, StartFailed
+from flowkv.messages import (
+    Message,
+    Note,
+    PeerInfo,
+    Progress,
+    Ready,
+    Register,
+    Registered,
+    RegistrationRefused,
+    StartFailed,
+)
 from flowkv.transfer.select import open_transfer
 from flowkv.types import ModelInfo, Role
 from flowkv.wire import Mailbox, Outbox, SyncContext
 
-_BEAT_MS = 500  # between looks at the clock while idle
+_BEAT_MS = 500  # between looks at the clock while idle, at most
+_BEATS = 6  # in a lease, at least
 _AUTO_POOL_CONTEXTS = 16  # an automatic pool holds so many requests of full length ...
 _AUTO_POOL_FRACTION = 0.4  # ... within this share of free memory, for all instances together
 
@@ -44,7 +58,9 @@ class InstanceSpec:
     controller_address: str
     launcher_address: str
     epoch: str  # of the cluster
-    is_networked: bool  # instances on other nodes may come
+    num_local_instances: int = 1  # on this node, which share its memory
+    key: ClusterKey | None = None  # None: nothing is on the network, and no instance on another node can come
+    place: socket.socket | None = None  # of a joined node (`messages.Join`): held by this process too, to its end
 
 
 class _Model(Protocol):
@@ -60,7 +76,8 @@ class _ToyModel:
     def __init__(self, spec: InstanceSpec) -> None:
         self.layout = toy_layout(spec.config.engine.block_size)
         self.info = ModelInfo(
-            name=spec.model_name, dtype="toy", vocab_size=VOCAB_SIZE, max_model_tokens=MAX_MODEL_TOKENS
+            name=spec.model_name, dtype="toy", vocab_size=VOCAB_SIZE, max_model_tokens=MAX_MODEL_TOKENS,
+            fingerprint="toy",
         )  # fmt: skip
         self._step_s = spec.config.toy_step_s
 
@@ -74,7 +91,7 @@ def run_instance(spec: InstanceSpec) -> int:
     Returns 1, after `StartFailed`, if it cannot start.
     """
     context = SyncContext()
-    outbox = Outbox(context)
+    outbox = Outbox(context, spec.key)
     try:
         instance = _start(spec, context, outbox)
         if instance is None:
@@ -105,9 +122,11 @@ class _Instance:
         pool = self._make_pool(layout, model.info)
         self._runner = model.runner(pool)
         self._transfer = open_transfer(
-            spec.name, pool, layout.fingerprint, spec.pool_address, spec.config.transfer.backend, spec.is_networked
-        )
-        self._mailbox = Mailbox(context, spec.address)
+            spec.name, pool, layout.fingerprint, spec.pool_address, spec.config.transfer.backend,
+            spec.key is not None,
+        )  # fmt: skip
+        self._link_notes = LinkNotes(spec.name)
+        self._mailbox = Mailbox(context, spec.address, spec.key)
         self._engine = Engine(
             spec.name, spec.config.engine, pool.num_blocks, spec.role, spec.controller_address,
             spec.config.transfer.lease_s,
@@ -115,6 +134,7 @@ class _Instance:
         self._poller = zmq.Poller()
         self._poller.register(self._mailbox.socket, zmq.POLLIN)
         self._polled: list[int] = []
+        self._beat_ms = min(_BEAT_MS, int(1000 * spec.config.transfer.lease_s / _BEATS))
         peer = PeerInfo(spec.name, self._mailbox.address, self._transfer.descriptor)
         max_choices = spec.config.engine.max_choices
         register = Register(peer, spec.role, model.info, layout.block_size, max_choices, __version__, spec.epoch)
@@ -147,12 +167,16 @@ class _Instance:
             self._take_message(message)
         written, arrived, linked = self._transfer.poll()
         for link in linked:
+            self._link_notes.up(link)
             self._engine.on_linked(link, time.monotonic())
         for completion in written:
             self._engine.on_written(completion, time.monotonic())
         for arrival in arrived:
             self._engine.on_arrived(arrival, time.monotonic())
         self._engine.tick(time.monotonic())
+        self._link_notes.tick(time.monotonic())
+        for text in self._link_notes.take():
+            self._outbox.send(self._spec.launcher_address, Note(text))
 
     def _take_message(self, message: Message) -> None:
         name, launcher = self._spec.name, self._spec.launcher_address
@@ -188,15 +212,17 @@ class _Instance:
             case Connect():
                 self._connect(effect.peer)
             case Disconnect():
+                self._link_notes.gone(effect.peer.instance)
                 self._transfer.disconnect(effect.peer.instance)
                 self._outbox.drop(effect.peer.address)
 
     def _connect(self, peer: PeerInfo) -> None:
         """A link that cannot be made leaves both instances without each other, and says so."""
+        self._link_notes.begun(peer.instance, time.monotonic())
         try:
             self._transfer.connect(peer.instance, peer.pool)
         except TransferError as error:
-            _logger.warning("%s cannot write to %s: %s", self._spec.name, peer.instance, error)
+            self._link_notes.failed(peer.instance, str(error))
 
     def _wait(self) -> None:
         """Until a message or a completion is there, or for a beat."""
@@ -206,7 +232,7 @@ class _Instance:
             for fd in filenos:
                 self._poller.register(fd, zmq.POLLIN)
             self._polled = filenos
-        self._poller.poll(_BEAT_MS)
+        self._poller.poll(self._beat_ms)
 
     def _load(self) -> _Model:
         spec = self._spec
@@ -224,7 +250,7 @@ class _Instance:
         num_bytes = parse_bytes(config.engine.kv_memory)
         if num_bytes is None:
             wanted = _AUTO_POOL_CONTEXTS * layout.num_blocks_for(info.max_model_tokens) * layout.block_bytes
-            share = int(available_memory_bytes() * _AUTO_POOL_FRACTION) // len(config.roles)
+            share = int(available_memory_bytes() * _AUTO_POOL_FRACTION) // self._spec.num_local_instances
             num_bytes = min(wanted, share)
         if num_bytes < layout.block_bytes:
             raise PoolError(f"engine.kv_memory is {num_bytes} bytes, less than one block of {layout.block_bytes} bytes")

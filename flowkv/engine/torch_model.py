@@ -8,6 +8,7 @@ import torch
 from flowkv.config import ClusterConfig
 from flowkv.engine.runner import TorchRunner
 from flowkv.kv.pool import KvPool
+from flowkv.model.fingerprint import weights_fingerprint
 from flowkv.model.loading import load_model
 from flowkv.types import ModelInfo
 
@@ -26,6 +27,7 @@ class TorchModel:
             dtype=self._loaded.dtype,
             vocab_size=self._loaded.vocab_size,
             max_model_tokens=self._loaded.max_model_tokens,
+            fingerprint=weights_fingerprint(folder),
         )
 
     def runner(self, pool: KvPool) -> TorchRunner:

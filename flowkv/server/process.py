@@ -12,6 +12,7 @@ import uvloop
 import zmq
 from starlette.types import ASGIApp
 
+from flowkv.auth import ClusterKey
 from flowkv.errors import ConfigError, FlowKVError
 from flowkv.messages import Ready, StartFailed
 from flowkv.server.app import DEFAULT_MAX_BODY_BYTES, create_app
@@ -34,18 +35,20 @@ def run_frontend(
     model_folder: str | None,
     model_name: str,
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+    key: ClusterKey | None = None,
 ) -> int:
     """Serve until SIGTERM; returns the exit status. `model_folder` None is toy serving, where tokens are bytes.
 
-    The launcher gets `StartFailed` with one line, or `Ready` with the URL (a `port` of 0 is any free one).
+    `key` is for mailboxes on tcp. The launcher gets `StartFailed` with one line, or `Ready` with the URL (a `port` of 0
+    is any free one).
     """
     # Ctrl-C reaches every process of the terminal's group: in which order they end is the launcher's business.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     context: SyncContext = zmq.Context()
-    outbox = Outbox(context)
+    outbox = Outbox(context, key)
 
     def make_frontend() -> Frontend:
-        mailbox = AsyncMailbox(context, mailbox_address)
+        mailbox = AsyncMailbox(context, mailbox_address, key)
         return Frontend(name, mailbox, outbox, controller_address, tokenizer)
 
     def announce(url: str) -> None:

@@ -1,4 +1,4 @@
-"""Real servers for tests: `flowkv serve` as a user starts it, in a process group of its own."""
+"""Real servers for tests: `flowkv serve` and `flowkv join` as a user starts them, in process groups of their own."""
 
 import os
 import re
@@ -8,9 +8,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 
@@ -18,23 +19,30 @@ START_TIMEOUT_S = 120.0
 _SERVING = re.compile(r"serving at (http://\S+)")
 
 
-class Server:
-    """A running `flowkv serve`; what it prints is in `lines`."""
+class Launched:
+    """A running launcher that has shown a line like `ready`; what it prints is in `lines`.
 
-    def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "flowkv.cli", "serve", "--port", "0", *arguments]
+    It has a temporary directory for itself. `prefix` goes before its command, `environment` over this process's own.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        ready: "re.Pattern[str]",
+        prefix: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._tmp = tempfile.TemporaryDirectory()
-        environment = os.environ | {"TMPDIR": self._tmp.name}
         self.process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
+            [*prefix, sys.executable, "-m", "flowkv.cli", *arguments],
+            stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env=os.environ | {"TMPDIR": self._tmp.name} | dict(environment or {}),
         )  # fmt: skip
         self.lines: list[str] = []
-        self.url = ""
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.wait_for_line(_SERVING)
-        self.client = httpx.Client(base_url=self.url, timeout=60.0)
+        self.wait_for_line(ready)
 
     def wait_for_line(self, pattern: "re.Pattern[str]", after: int = 0) -> None:
         """Until a line from number `after` on matches."""
@@ -43,21 +51,16 @@ class Server:
         assert found, f"no line like {pattern.pattern!r} in:\n" + "".join(self.lines)
 
     def processes(self) -> list[int]:
-        """Ids of every living process of this server's session, the launcher included."""
+        """Ids of every living process of this launcher's session, itself included."""
         entries = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit()]
         return [int(entry.name) for entry in entries if _session_and_state(entry) == (self.process.pid, True)]
 
     def pid_of(self, name: str) -> int:
-        """The process of an instance, found by the mailbox it has bound."""
+        """The process of an instance, by what `ps` calls it."""
         for pid in self.processes():
-            if pid != self.process.pid and _owns_socket(pid, f"/{name}"):
+            if pid != self.process.pid and Path(f"/proc/{pid}/comm").read_text().strip() == name[:15]:
                 return pid
         raise AssertionError(f"no process of {name}")
-
-    def gauge(self, name: str) -> dict[str, float]:
-        """A metric's value by instance."""
-        pattern = re.compile(rf'^{name}{{.*?instance="([^"]+)".*?}} (\S+)$', re.M)
-        return {match[1]: float(match[2]) for match in pattern.finditer(self.client.get("/metrics").text)}
 
     def files(self) -> list[str]:
         """What it has in the temporary directory, which it has for itself."""
@@ -76,7 +79,6 @@ class Server:
         return code
 
     def close(self) -> None:
-        self.client.close()
         self._tmp.cleanup()
 
     def _read(self) -> None:
@@ -84,8 +86,6 @@ class Server:
         for line in self.process.stderr:
             with self._changed:
                 self.lines.append(line)
-                if (match := _SERVING.search(line)) is not None:
-                    self.url = match[1]
                 self._changed.notify_all()
         with self._changed:
             self._changed.notify_all()
@@ -94,18 +94,51 @@ class Server:
         return any(pattern.search(line) for line in self.lines[after:]) or self.process.poll() is not None
 
 
+class Server(Launched):
+    """A running `flowkv serve`."""
+
+    def __init__(
+        self, *arguments: str, prefix: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(("serve", "--port", "0", *arguments), _SERVING, prefix, environment)
+        found = [match[1] for line in self.lines if (match := _SERVING.search(line)) is not None]
+        assert found, "it does not serve:\n" + "".join(self.lines)
+        self.url = found[0]
+        self.client = httpx.Client(base_url=self.url, timeout=60.0)
+
+    def gauge(self, name: str) -> dict[str, float]:
+        """A metric's value by instance."""
+        pattern = re.compile(rf'^{name}{{.*?instance="([^"]+)".*?}} (\S+)$', re.M)
+        return {match[1]: float(match[2]) for match in pattern.finditer(self.client.get("/metrics").text)}
+
+    def close(self) -> None:
+        self.client.close()
+        super().close()
+
+
+LaunchedT = TypeVar("LaunchedT", bound=Launched)
+
+
 @contextmanager
-def serving(*arguments: str) -> Iterator[Server]:
-    server = Server(*arguments)
-    try:
+def serving(
+    *arguments: str, prefix: Sequence[str] = (), environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    with cleared_up(Server(*arguments, prefix=prefix, environment=environment)) as server:
         yield server
+
+
+@contextmanager
+def cleared_up(launched: LaunchedT) -> Iterator[LaunchedT]:
+    """Stop it at the end, and see that it leaves nothing behind."""
+    try:
+        yield launched
     finally:
-        if server.process.poll() is None:
-            server.stop()
-        server.wait()
-        assert server.files() == [], "the server has left files behind"
-        assert server.processes() == [], "the server has left processes behind"
-        server.close()
+        if launched.process.poll() is None:
+            launched.stop()
+        launched.wait()
+        assert launched.files() == [], "it has left files behind"
+        assert launched.processes() == [], "it has left processes behind"
+        launched.close()
 
 
 def eventually(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
@@ -123,13 +156,3 @@ def _session_and_state(entry: Path) -> tuple[int, bool]:
     except (FileNotFoundError, ProcessLookupError):
         return (0, False)
     return int(fields[3]), fields[0] not in "ZX"
-
-
-def _owns_socket(pid: int, path_end: str) -> bool:
-    inodes = {
-        line.split()[6]
-        for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]
-        if line.endswith(path_end)
-    }
-    links = (str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink())
-    return any(link.removeprefix("socket:[").removesuffix("]") in inodes for link in links)

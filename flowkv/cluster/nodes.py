@@ -1,0 +1,146 @@
+"""The other nodes of the cluster: who has joined, who is silent, and whose instances are known to be dead."""
+
+from dataclasses import dataclass, field
+
+from flowkv import __version__
+from flowkv.config import ClusterConfig
+from flowkv.messages import (
+    ControllerBeat,
+    Dismissed,
+    InstanceExited,
+    Join,
+    Leave,
+    Message,
+    NodeBeat,
+    Register,
+    Welcome,
+)
+
+NODE_SEPARATOR = "@"  # instance@node; the controller's own node has no name
+
+
+@dataclass(slots=True)
+class _Node:
+    name: str
+    place: str
+    address: str
+    heard_s: float
+    is_silent: bool = False
+    instances: set[str] = field(default_factory=set)  # that have registered and are not known to be dead
+
+
+class Nodes:
+    """Messages in by `handle`; out come messages as (address, message) pairs, the ends of instances, and notes.
+
+    A silent node is only marked: it may be back. Its instances are dead when their launcher says so, or when another
+    launcher holds its place.
+    """
+
+    def __init__(self, epoch: str, config: ClusterConfig, model_name: str) -> None:
+        self._epoch = epoch
+        self._config = config
+        self._model_name = model_name
+        self._nodes: dict[str, _Node] = {}  # by launcher
+        self._num_joined = 0
+        self._out: list[tuple[str, Message]] = []
+        self._exits: list[InstanceExited] = []
+        self._notes: list[str] = []
+        self.gone_addresses: list[str] = []  # as in Controller
+
+    # --- in and out ------------------------------------------------------------------------------------------------
+
+    def handle(self, message: Join | NodeBeat | Leave, now_s: float) -> None:
+        match message:
+            case Join():
+                self._on_join(message, now_s)
+            case NodeBeat():
+                self._on_beat(message, now_s)
+            case Leave() if message.launcher in self._nodes:
+                self._remove(message.launcher, "its node has left the cluster")
+            case Leave():
+                pass
+
+    def refusal(self, message: Register) -> str | None:
+        """Why an instance cannot be taken: its node is not there, or has gone before this came."""
+        if (name := _node_name(message.peer.instance)) is None:
+            return None
+        node = next((node for node in self._nodes.values() if node.name == name), None)
+        if node is None:
+            return f"its node {name} is not part of this cluster"
+        node.instances.add(message.peer.instance)
+        return None
+
+    def on_exited(self, instance: str) -> None:
+        for node in self._nodes.values():
+            node.instances.discard(instance)
+
+    def tick(self, now_s: float) -> None:
+        """Called often, when all messages are handled."""
+        for node in self._nodes.values():
+            if not node.is_silent and now_s - node.heard_s >= self._config.network.node_timeout_s:
+                node.is_silent = True
+                self._notes.append(f"{node.name} ({node.address}) is silent")
+
+    def dismiss_all(self, reason: str) -> None:
+        for node in self._nodes.values():
+            self._send(node.address, Dismissed(reason))
+
+    def take_messages(self) -> list[tuple[str, Message]]:
+        messages, self._out = self._out, []
+        return messages
+
+    def take_exits(self) -> list[InstanceExited]:
+        """What is known by now to be dead, without having been reported."""
+        exits, self._exits = self._exits, []
+        return exits
+
+    def take_notes(self) -> list[str]:
+        notes, self._notes = self._notes, []
+        return notes
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _on_join(self, message: Join, now_s: float) -> None:
+        if message.version != __version__:
+            reason = f"this node runs FlowKV {message.version}, the cluster {__version__}"
+            self._send(message.address, Dismissed(reason))
+            return
+        if message.launcher not in self._nodes:
+            self._add(message, now_s)
+        name = self._nodes[message.launcher].name
+        self._send(message.address, Welcome(name, self._epoch, self._config, self._model_name))
+
+    def _add(self, message: Join, now_s: float) -> None:
+        for launcher in [launcher for launcher, node in self._nodes.items() if node.place == message.place]:
+            self._remove(launcher, "its launcher is dead")
+        self._num_joined += 1
+        node = _Node(f"node-{self._num_joined}", message.place, message.address, now_s)
+        self._nodes[message.launcher] = node
+        self._notes.append(f"{node.name} ({node.address}) has joined")
+
+    def _remove(self, launcher: str, reason: str) -> None:
+        node = self._nodes.pop(launcher)
+        self._exits.extend(InstanceExited(instance, reason) for instance in sorted(node.instances))
+        self._notes.append(f"{node.name} ({node.address}) is gone")
+        self.gone_addresses.append(node.address)
+
+    def _on_beat(self, message: NodeBeat, now_s: float) -> None:
+        if message.epoch != self._epoch:
+            self._send(message.address, Dismissed("the cluster was started again"))
+        elif (node := self._nodes.get(message.launcher)) is None:
+            self._send(message.address, Dismissed("the cluster does not know this node any more"))
+        else:
+            if node.is_silent:
+                self._notes.append(f"{node.name} ({node.address}) is back")
+            node.is_silent = False
+            node.heard_s = now_s
+            self._send(node.address, ControllerBeat(self._epoch))
+
+    def _send(self, address: str, message: Message) -> None:
+        self._out.append((address, message))
+
+
+def _node_name(instance: str) -> str | None:
+    """Of `decode-0@node-1~2`: `node-1`."""
+    _, separator, node = instance.partition(NODE_SEPARATOR)
+    return node.partition("~")[0] if separator else None

@@ -1,0 +1,119 @@
+"""The processes that a launcher has started."""
+
+import contextlib
+import os
+import select
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import zmq
+
+from flowkv.child import STOP_SIGNALS, child_main
+
+_STOP_TIMEOUT_S = 10.0
+_EXIT_CODE_TIMEOUT_S = 1.0  # for the fork server to say how its child ended
+
+
+@dataclass(slots=True)
+class Child:
+    """`pid_fd` is what is believed: it tells of this very process, and of no other.
+
+    (What `multiprocessing` says of a forked process comes from the fork server, and is wrong once that has died.)
+    """
+
+    name: str
+    process: BaseProcess
+    pid_fd: int
+    is_ready: bool = False
+
+    def send_signal(self, signum: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pid_fd, signum)
+
+    def is_gone(self, timeout_s: float = 0.0) -> bool:
+        """Whether the process has ended, after waiting for that so long."""
+        return bool(select.select([self.pid_fd], [], [], timeout_s)[0])
+
+    def describe_exit(self) -> str:
+        self.process.join(_EXIT_CODE_TIMEOUT_S)
+        exitcode = self.process.exitcode
+        if exitcode is None:
+            return "ended"
+        return f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"exited with code {exitcode}"
+
+
+class Children:
+    """By name; `poller` wakes when one ends."""
+
+    def __init__(self, poller: zmq.Poller) -> None:
+        self._poller = poller
+        self._children: dict[str, Child] = {}
+
+    def start(
+        self, name: str, context: Any, target: Callable[..., object], *args: Any, orphaned_folders: tuple[str, ...] = ()
+    ) -> Child:
+        """Run `target(*args)` in a process of `context` (of multiprocessing), under `child_main`."""
+        process = context.Process(
+            target=child_main, args=(name, list(orphaned_folders), target, args), name=f"flowkv {name}"
+        )  # fmt: skip
+        # A signal to the whole group must not find a process that does not know yet what to do with it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            process.start()
+            assert process.pid is not None
+            child = self._children[name] = Child(name, process, os.pidfd_open(process.pid))
+            self._poller.register(child.pid_fd, zmq.POLLIN)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        return child
+
+    def start_caretaker(self, context: Any, orphaned_folders: tuple[str, ...]) -> None:
+        """A process that does nothing, but remove these folders if the launcher is killed."""
+        self.start("caretaker", context, _take_care, orphaned_folders=orphaned_folders).is_ready = True
+
+    def get(self, name: str) -> Child | None:
+        """None if it has ended."""
+        return self._children.get(name)
+
+    @property
+    def are_ready(self) -> bool:
+        return all(child.is_ready for child in self._children.values())
+
+    def take_gone(self) -> list[tuple[Child, str]]:
+        """Those that have ended since the last call, each with how."""
+        gone = [child for child in self._children.values() if child.is_gone()]
+        return [(child, self._forget(child)) for child in gone]
+
+    def stop_all(self, first: str | None = None) -> None:
+        """`first` alone, while the rest still runs; then everyone; then by force."""
+        if first is not None and (child := self.get(first)) is not None:
+            child.send_signal(signal.SIGTERM)
+            child.is_gone(_STOP_TIMEOUT_S)
+        for child in self._children.values():
+            child.send_signal(signal.SIGTERM)
+        deadline_s = time.monotonic() + _STOP_TIMEOUT_S
+        for child in self._children.values():
+            if not child.is_gone(max(0.0, deadline_s - time.monotonic())):
+                child.send_signal(signal.SIGKILL)
+                child.is_gone(_STOP_TIMEOUT_S)
+            os.close(child.pid_fd)
+        self._children.clear()
+        # Both would end by themselves a while after this process; nobody should find them still there.
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
+        resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
+
+    def _forget(self, child: Child) -> str:
+        del self._children[child.name]
+        self._poller.unregister(child.pid_fd)
+        os.close(child.pid_fd)
+        return child.describe_exit()
+
+
+def _take_care() -> None:
+    while True:
+        signal.pause()

@@ -1,0 +1,149 @@
+"""`flowkv join`: instances on this node for a cluster whose controller is on another."""
+
+import os
+import secrets
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from flowkv import __version__
+from flowkv.auth import KEY_VARIABLE, read_key
+from flowkv.cluster.nodes import NODE_SEPARATOR
+from flowkv.config import with_overrides
+from flowkv.engine.process import InstanceSpec
+from flowkv.errors import ConfigError, FlowKVError
+from flowkv.launch.addresses import check_local, resolve_endpoint, resolve_host, source_address, take_place
+from flowkv.launch.model import resolve_model
+from flowkv.launch.node import Display, Node, running_node
+from flowkv.messages import ControllerBeat, Dismissed, Join, Leave, NodeBeat, Welcome
+from flowkv.types import Role
+from flowkv.wire import Mailbox, tcp_address
+
+_JOIN_TIMEOUT_S = 10.0
+_BEAT_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class JoinOptions:
+    controller: str  # HOST[:PORT]
+    role: Role
+    count: int = 1
+    model: str | None = None  # where the model is on this node, if not at the path that the cluster names
+    address: str | None = None  # by which the other nodes reach this one
+    cluster_key_file: Path | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)  # of the cluster's configuration, for this node
+
+
+def join(options: JoinOptions, display: Display) -> None:
+    """Returns when told to stop by one of STOP_SIGNALS. FlowKVError if this node cannot join, or is dismissed."""
+    key = read_key(options.cluster_key_file, os.environ)
+    if key is None:
+        raise ConfigError(f"joining takes the cluster's key: give it in --cluster-key-file or {KEY_VARIABLE}")
+    controller_host, port = resolve_endpoint(options.controller)
+    host = resolve_host(options.address) if options.address else source_address(controller_host, port)
+    check_local(host)
+    with running_node(display, key) as node:
+        _Membership(node, options, tcp_address(controller_host, port), host).run()
+
+
+class _Membership:
+    """A node in a cluster: asks to be let in, starts its instances, and stays until either side has enough."""
+
+    def __init__(self, node: Node, options: JoinOptions, controller_address: str, host: str) -> None:
+        self._node = node
+        self._options = options
+        self._controller_address = controller_address
+        self._host = host
+        self._launcher = secrets.token_hex(8)
+        self._place, self._place_name = take_place(controller_address)
+        node.stack.callback(self._place.close)
+        self._mailbox = Mailbox(node.context, tcp_address(host, "*"), node.key)
+        node.stack.callback(self._mailbox.close)
+        node.poller.register(self._mailbox.socket, zmq.POLLIN)
+        self._welcome: Welcome | None = None
+        self._asked_s: float | None = None  # when, if there has been no answer since
+        self._beat_due_s = 0.0
+
+    def run(self) -> None:
+        node, display = self._node, self._node.display
+        display.note(f"asking {self._options.controller} to let this node in")
+        welcome = self._ask()
+        node.stack.callback(node.outbox.send, self._controller_address, Leave(self._launcher))
+        node.stack.callback(node.children.stop_all)
+        self._start(welcome)
+        while not node.children.are_ready:
+            self._turn(welcome)
+        names = ", ".join(node.instances)
+        display.ready(f"joined {self._options.controller} as {welcome.node}: {names}; Ctrl-C leaves it")
+        while True:
+            self._turn(welcome)
+
+    def _ask(self) -> Welcome:
+        """Until the controller answers, which may start later than this."""
+        deadline_s = time.monotonic() + _JOIN_TIMEOUT_S
+        while self._welcome is None:
+            if time.monotonic() >= deadline_s:
+                raise ConfigError(
+                    f"no answer from {self._options.controller} within {_JOIN_TIMEOUT_S:.0f} s: no controller listens "
+                    f"there or it cannot be reached (nor it this node, at {self._host}), or its cluster key is another"
+                )
+            self._beat(Join(self._launcher, self._place_name, self._mailbox.address, __version__))
+            self._wait()
+        return self._welcome
+
+    def _start(self, welcome: Welcome) -> None:
+        overrides = dict(self._options.overrides)
+        if self._options.model is not None:
+            overrides["model"] = self._options.model
+        config = with_overrides(welcome.config, overrides)
+        template = InstanceSpec(
+            name="",
+            role=self._options.role,
+            config=config,
+            model_folder=resolve_model(config),
+            model_name=welcome.model_name,
+            threads=0,
+            address="",
+            pool_address="",
+            controller_address=self._controller_address,
+            launcher_address=self._node.address,
+            epoch=welcome.epoch,
+            key=self._node.key,
+            place=self._place,
+        )
+        self._node.children.start_caretaker(self._node.preload(config), self._node.folders)
+        roles = [self._options.role] * self._options.count
+        self._node.start_instances(template, roles, self._host, f"{NODE_SEPARATOR}{welcome.node}")
+
+    def _turn(self, welcome: Welcome) -> None:
+        """FlowKVError if the controller is silent, or wants this node no more."""
+        self._beat(NodeBeat(self._launcher, self._mailbox.address, welcome.epoch))
+        self._wait()
+        timeout_s = welcome.config.network.node_timeout_s
+        if self._asked_s is not None and time.monotonic() - self._asked_s >= timeout_s:
+            raise FlowKVError(f"nothing was heard of the controller for {timeout_s:.0f} s")
+
+    def _beat(self, message: Join | NodeBeat) -> None:
+        now_s = time.monotonic()
+        if now_s < self._beat_due_s:
+            return
+        self._beat_due_s = now_s + _BEAT_S
+        self._asked_s = now_s if self._asked_s is None else self._asked_s
+        self._node.outbox.send(self._controller_address, message)
+
+    def _wait(self) -> None:
+        self._node.wait(max(0.0, self._beat_due_s - time.monotonic()))
+        for message in self._mailbox.receive_all():
+            match message:
+                case Welcome():
+                    self._welcome = message
+                case ControllerBeat():
+                    pass
+                case Dismissed():
+                    raise FlowKVError(message.reason)
+                case _:
+                    continue
+            self._asked_s = None

@@ -1,0 +1,119 @@
+"""`flowkv serve`: a controller, a frontend and the instances of this node."""
+
+import os
+import secrets
+from pathlib import Path
+
+from flowkv.auth import KEY_VARIABLE, ClusterKey, read_key
+from flowkv.cluster.service import ControllerSpec, run_controller
+from flowkv.config import ClusterConfig, with_overrides
+from flowkv.engine.process import InstanceSpec
+from flowkv.errors import ConfigError
+from flowkv.launch.addresses import check_local, resolve_endpoint
+from flowkv.launch.model import model_name, resolve_model
+from flowkv.launch.node import Display, Node, running_node
+from flowkv.server.process import run_frontend
+from flowkv.types import Role
+from flowkv.wire import tcp_address
+
+CONTROLLER, FRONTEND = "controller", "frontend"
+
+
+def serve(config: ClusterConfig, display: Display) -> None:
+    """Returns when told to stop by one of STOP_SIGNALS. FlowKVError if the cluster cannot start, or has broken down."""
+    folder = resolve_model(config)
+    endpoint, key = _listen_endpoint(config)
+    with running_node(display, key) as node:
+        _Cluster(node, config, folder, endpoint).run()
+
+
+def _listen_endpoint(config: ClusterConfig) -> tuple[tuple[str, int] | None, ClusterKey | None]:
+    """Where other nodes may join and what they must know; nothing, if they may not."""
+    network = config.network
+    if network.listen is None:
+        return None, None
+    host, port = resolve_endpoint(network.listen)
+    check_local(host)
+    key = read_key(None if network.cluster_key_file is None else Path(network.cluster_key_file), os.environ)
+    if key is None:
+        raise ConfigError(
+            "--listen needs a key that all nodes share: make one with flowkv key, and give it in "
+            f"--cluster-key-file or {KEY_VARIABLE}"
+        )
+    return (host, port), key
+
+
+class _Cluster:
+    def __init__(
+        self, node: Node, config: ClusterConfig, folder: Path | None, endpoint: tuple[str, int] | None
+    ) -> None:
+        self._node = node
+        self._config = config
+        self._folder = folder
+        self._model_name = model_name(config, folder)
+        self._host = None if endpoint is None else endpoint[0]
+        self._controller_address = node.ipc_address(CONTROLLER) if endpoint is None else tcp_address(*endpoint)
+        self._epoch = secrets.token_hex(8)
+
+    def run(self) -> None:
+        self._node.stack.callback(self._node.children.stop_all, FRONTEND)  # so that clients hear of it first
+        self._start()
+        while not self._node.children.are_ready:
+            self._node.wait()
+        self._node.display.ready(self._description())
+        while True:
+            self._node.wait()
+
+    def _start(self) -> None:
+        """The frontend binds its port before the instances start, so that a busy one is known before a model loads."""
+        light = self._node.preload(self._config)
+        children, folders = self._node.children, self._node.folders
+        children.start(CONTROLLER, light, run_controller, self._controller_spec(), orphaned_folders=folders)
+        children.start(FRONTEND, light, run_frontend, *self._frontend_arguments())
+        while not self._node.children.are_ready:
+            self._node.wait()
+        self._node.start_instances(self._instance_template(), self._config.roles, self._host)
+
+    def _controller_spec(self) -> ControllerSpec:
+        """Other nodes look for the model at the same path, unless they are told another."""
+        config = self._config
+        if config.model is not None:
+            config = with_overrides(config, {"model": str(self._folder)})
+        return ControllerSpec(
+            name=CONTROLLER,
+            address=self._controller_address,
+            launcher_address=self._node.address,
+            epoch=self._epoch,
+            config=config,
+            model_name=self._model_name,
+            key=self._node.key,
+        )
+
+    def _frontend_arguments(self) -> tuple[object, ...]:
+        server = self._config.server
+        addresses = (self._node.mailbox_address(FRONTEND, self._host), self._controller_address, self._node.address)
+        folder = None if self._folder is None else str(self._folder)
+        model = (folder, self._model_name, server.max_body_bytes)
+        return (server.host, server.port, *addresses, FRONTEND, *model, self._node.key)
+
+    def _instance_template(self) -> InstanceSpec:
+        return InstanceSpec(
+            name="",
+            role=Role.MIXED,
+            config=self._config,
+            model_folder=self._folder,
+            model_name=self._model_name,
+            threads=0,
+            address="",
+            pool_address="",
+            controller_address=self._controller_address,
+            launcher_address=self._node.address,
+            epoch=self._epoch,
+            key=self._node.key,
+        )
+
+    def _description(self) -> str:
+        roles = self._config.roles
+        counts = ", ".join(f"{roles.count(role)} {role}" for role in dict.fromkeys(roles)) or "no instance here"
+        where = "" if self._host is None else f", and {self._controller_address.removeprefix('tcp://')} for nodes"
+        return f"serving at {self._node.url} ({counts}){where}; Ctrl-C stops it"
