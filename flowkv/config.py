@@ -23,6 +23,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_memory: str | int = "auto"  # of one pool: "512MiB", "4GiB", a number of bytes, or "auto"
     max_batch_tokens: int = 512  # prompt tokens computed in one step, at most
     max_choices: int = 256  # decoded at once
+    max_segments: int = 0  # of a reservation: others' blocks are moved to make room for it; 0: none ever are
     threads: int = 0  # 0: the cores there are but one, shared out between the instances
     check_integrity: bool = False  # after every step, that each block has exactly the holders it should; for tests
 
@@ -33,6 +34,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError("engine.max_batch_tokens holds at least one block")
         if self.max_choices < 1:
             raise ValueError("engine.max_choices is at least 1")
+        if self.max_segments < 0:
+            raise ValueError("engine.max_segments is a number of segments, or 0 to move nothing")
         if self.threads < 0:
             raise ValueError("engine.threads is a number of threads, or 0 for a share of the cores")
         parse_bytes(self.kv_memory)

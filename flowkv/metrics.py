@@ -44,6 +44,7 @@ COUNTERS = {
     "transfer_exposed_seconds": ("transfer_exposed_seconds", "Time in transfers after the last chunk was computed"),
     "num_transfers": ("transfers", "Requests handed to another instance"),
     "num_local_fallbacks": ("local_fallbacks", "Requests decoded where they were prefilled for want of room"),
+    "num_moved_blocks": ("moved_blocks", "KV blocks moved within the pool so that a reservation lies together"),
     "num_expired_leases": (
         "expired_leases",
         "Reservations given up because the peer that was to fill them fell silent",

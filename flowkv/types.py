@@ -159,6 +159,7 @@ class InstanceCounters(msgspec.Struct, frozen=True, kw_only=True):
     transfer_exposed_seconds: float = 0.0  # of these, after the last chunk was computed
     num_transfers: int = 0
     num_local_fallbacks: int = 0  # no decode instance had room: prefilled and decoded here
+    num_moved_blocks: int = 0  # out of the way of reservations (EngineConfig.max_segments)
     num_expired_leases: int = 0  # reservations given up because the peer that was to fill them fell silent
 
 

@@ -17,7 +17,7 @@ from flowkv import __version__
 from flowkv.cluster.controller import Controller
 from flowkv.config import EngineConfig
 from flowkv.engine.batch import Batch, Runner
-from flowkv.engine.effects import CancelWrite, Connect, Disconnect, Effect, Expect, Forget, Send, Write
+from flowkv.engine.effects import CancelWrite, Connect, Disconnect, Effect, Expect, Forget, MoveBlocks, Send, Write
 from flowkv.engine.engine import Engine
 from flowkv.engine.toy import ToyRunner, toy_layout
 from flowkv.kv.layout import KvLayout
@@ -357,6 +357,8 @@ class Cluster:
                 node.writes.append(effect)
             case Connect():
                 node.transfer.connect(effect.peer.instance, effect.peer.pool)
+            case MoveBlocks():
+                node.runner.copy_blocks(effect.copies)
             case CancelWrite():
                 self._cancel_write(node, effect.ticket)
             case Expect():

@@ -76,6 +76,9 @@ class PacedRunner:
         items = [ItemResult([Draw(TOKEN) for _ in item.draws]) for item in batch.items]
         return BatchResult(batch.batch_id, items, forward_seconds=time.monotonic() - started_s)
 
+    def copy_blocks(self, copies: tuple[tuple[int, int], ...]) -> None:
+        """There is nothing in them."""
+
     def seconds(self, batch: Batch) -> float:
         """How long a step with this batch takes."""
         num_prompt_tokens = sum(item.num_tokens for item in batch.items if not _is_decode(item))
@@ -131,7 +134,6 @@ def _spec(options: Options) -> InstanceSpec:
         controller_address=options.conductor,
         launcher_address=options.conductor,
         epoch="benchmark",
-        is_networked=False,
     )
 
 

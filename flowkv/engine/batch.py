@@ -66,3 +66,6 @@ class Runner(Protocol):
     """A batch in, tokens out. The only part of an instance that knows what a block holds."""
 
     def run(self, batch: Batch) -> BatchResult: ...
+
+    def copy_blocks(self, copies: tuple[tuple[int, int], ...]) -> None:
+        """Copy whole blocks (source, destination); no destination is a source. Not while a batch runs."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from flowkv.kv.blocks import BlockCopy
 from flowkv.messages import Message, PeerInfo
 from flowkv.transfer.plan import Run
 
@@ -20,6 +21,14 @@ class Write:
     peer: str
     runs: list[Run]
     immediate: int
+
+
+@dataclass(frozen=True, slots=True)
+class MoveBlocks:
+    """Copy blocks (source, destination) of this pool now, before any later effect is carried out: no step is under
+    way, and whoever reads them will look at the destinations."""
+
+    copies: tuple[BlockCopy, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,4 +64,4 @@ class Disconnect:
     peer: PeerInfo
 
 
-Effect = Send | Write | CancelWrite | Expect | Forget | Connect | Disconnect
+Effect = Send | Write | MoveBlocks | CancelWrite | Expect | Forget | Connect | Disconnect

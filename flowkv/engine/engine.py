@@ -8,7 +8,7 @@ from itertools import count
 
 from flowkv.config import EngineConfig, TransferConfig
 from flowkv.engine.batch import Batch, BatchItem, BatchResult, ItemResult
-from flowkv.engine.effects import Connect, Disconnect, Effect, Send
+from flowkv.engine.effects import Connect, Disconnect, Effect, MoveBlocks, Send
 from flowkv.engine.handoff_receiver import HandoffReceiver, Incoming
 from flowkv.engine.handoff_sender import HandoffSender
 from flowkv.engine.leases import LeaseClock
@@ -62,12 +62,15 @@ class Engine:
         self._batch_ids = count(1)
         self._in_flight: Batch | None = None
         self._limbo: list[Sequence] = []  # over, but their blocks are still being written or read
+        self._held_reserves: list[Reserve] = []  # until the step in flight is over
         self._reporter = Reporter(name, controller_address)
         self._clock = LeaseClock(lease_s)
         send, emit = self._send_peer, self._effects.append
         self._sender = HandoffSender(name, config.block_size, self._clock, send, emit, self._decode_here)
         self._receiver = HandoffReceiver(name, self.blocks, self._clock, send, emit, self._adopt)
         self.scheduler.is_pinned = self._sender.is_pinned
+        if config.max_segments:
+            self._receiver.allocate = self._allocate_together
 
     # --- in --------------------------------------------------------------------------------------------------------
 
@@ -131,6 +134,7 @@ class Engine:
         for address, items in outputs.items():
             self._effects.append(Send(address, Outputs(self.name, items)))
         self._sweep()
+        self._answer_held()
         self._clock.stepped(seconds)
         self._reporter.add_step(batch, result, seconds)
         self._report(now_s)
@@ -156,7 +160,10 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """Nothing is queued, held, sent or received."""
-        return not (self.has_work or self._limbo or self._receiver.incoming) and self._sender.is_idle
+        return (
+            not (self.has_work or self._limbo or self._held_reserves or self._receiver.incoming)
+            and self._sender.is_idle
+        )
 
     @property
     def load(self) -> InstanceLoad:
@@ -229,6 +236,8 @@ class Engine:
 
     def _hear_source(self, message: Reserve | KvReady | Renew | CancelAck) -> None:
         match message:
+            case Reserve() if self._config.max_segments and self._in_flight is not None:
+                self._held_reserves.append(message)  # what the step reads and writes cannot move
             case Reserve():
                 self._receiver.on_reserve(message, self._has_room(message))
             case KvReady():
@@ -237,6 +246,11 @@ class Engine:
                 self._receiver.on_renew(message)
             case CancelAck():
                 self._receiver.on_cancel_ack(message)
+
+    def _answer_held(self) -> None:
+        held, self._held_reserves = self._held_reserves, []
+        for message in held:
+            self._hear_source(message)
 
     def _hear_receiver(self, message: Reserved | Refused | Renewed | Release | Cancel) -> None:
         self._sender.heard(message.instance, message.lease_s if isinstance(message, Renewed) else 0.0)
@@ -338,6 +352,18 @@ class Engine:
         longest = self.blocks.num_blocks_for(message.request.max_total_tokens)
         fits = needed <= self.blocks.num_free and longest <= self.blocks.num_blocks
         return fits and num_choices <= self._config.max_choices
+
+    def _allocate_together(self, num_blocks: int) -> list[int] | None:
+        """Blocks for a peer to fill, in few segments: requests that decode here have no use for lying together."""
+        movable = [s.block_table for s in self.scheduler.decoding if not self._sender.is_pinned(s)]
+        opened = self.blocks.allocate_within(num_blocks, self._config.max_segments, movable)
+        if opened is None:
+            return None
+        blocks, copies = opened
+        if copies:
+            self._reporter.num_moved_blocks += len(copies)
+            self._effects.append(MoveBlocks(tuple(copies)))
+        return blocks
 
     def _break_standstill(self) -> None:
         """Prompts wait for blocks that only peers hold, who may be waiting for each other: let one of them go."""

@@ -13,7 +13,7 @@ from flowkv import __version__
 from flowkv.auth import ClusterKey
 from flowkv.config import ClusterConfig, parse_bytes
 from flowkv.engine.batch import Runner
-from flowkv.engine.effects import CancelWrite, Connect, Disconnect, Effect, Expect, Forget, Send, Write
+from flowkv.engine.effects import CancelWrite, Connect, Disconnect, Effect, Expect, Forget, MoveBlocks, Send, Write
 from flowkv.engine.engine import Engine
 from flowkv.engine.link_notes import LinkNotes
 from flowkv.engine.toy import MAX_MODEL_TOKENS, VOCAB_SIZE, ToyRunner, toy_layout
@@ -203,6 +203,8 @@ class _Instance:
                 self._outbox.send(effect.address, effect.message)
             case Write():
                 self._transfer.submit(effect.ticket, effect.peer, effect.runs, effect.immediate)
+            case MoveBlocks():
+                self._runner.copy_blocks(effect.copies)
             case CancelWrite():
                 self._transfer.cancel(effect.ticket)
             case Expect():

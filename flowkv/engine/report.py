@@ -35,6 +35,7 @@ class Reporter:
         self.is_due = False  # something has happened that should be known at once
         self.finished: list[str] = []
         self.handed_over: list[tuple[str, str]] = []
+        self.num_moved_blocks = 0
         self._num_steps = self._prefill_tokens = self._decode_tokens = 0
         self._step_seconds = self._forward_seconds = self._sampling_seconds = 0.0
 
@@ -65,6 +66,7 @@ class Reporter:
             transfer_exposed_seconds=transfers.exposed_seconds,
             num_transfers=transfers.num_transfers,
             num_local_fallbacks=transfers.num_fallbacks,
+            num_moved_blocks=self.num_moved_blocks,
             num_expired_leases=num_expired_leases,
         )
 

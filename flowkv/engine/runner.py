@@ -14,6 +14,8 @@ from flowkv.model.packing import pack
 from flowkv.model.sampler import DrawSpec, sample, token_logprobs
 from flowkv.types import TokenLogprobs
 
+_BLOCKS_A_COPY = 32
+
 
 @dataclass(frozen=True, slots=True)
 class ItemRows:
@@ -38,7 +40,7 @@ class TorchRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> BatchResult:
         started_s = time.perf_counter()
-        self._copy_blocks(batch.copies)
+        self.copy_blocks(batch.copies)
         kept, places = needed_rows(batch.items)
         logits = self._forward(batch.items, kept)
         computed_s = time.perf_counter()
@@ -54,9 +56,10 @@ class TorchRunner:
             sampling_seconds=time.perf_counter() - computed_s,
         )
 
-    def _copy_blocks(self, copies: tuple[tuple[int, int], ...]) -> None:
-        if copies:
-            sources, destinations = zip(*copies, strict=True)
+    def copy_blocks(self, copies: tuple[tuple[int, int], ...]) -> None:
+        """Some at a time: what is gathered passes through memory of its own."""
+        for start in range(0, len(copies), _BLOCKS_A_COPY):
+            sources, destinations = zip(*copies[start : start + _BLOCKS_A_COPY], strict=True)
             self._pool[list(destinations)] = self._pool[list(sources)]
 
     def _forward(self, items: tuple[BatchItem, ...], kept: list[int]) -> torch.Tensor:

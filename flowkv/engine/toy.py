@@ -36,11 +36,14 @@ class ToyRunner:
 
     def run(self, batch: Batch) -> BatchResult:
         started_s = time.perf_counter()
-        for src, dst in batch.copies:
-            self._pool[dst] = self._pool[src]
+        self.copy_blocks(batch.copies)
         items = [self._run_item(item) for item in batch.items]
         time.sleep(max(0.0, self._step_s - (time.perf_counter() - started_s)))
         return BatchResult(batch.batch_id, items, forward_seconds=time.perf_counter() - started_s)
+
+    def copy_blocks(self, copies: tuple[tuple[int, int], ...]) -> None:
+        for src, dst in copies:
+            self._pool[dst] = self._pool[src]
 
     def _run_item(self, item: BatchItem) -> ItemResult:
         sequence = item.sequence

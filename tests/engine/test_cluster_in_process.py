@@ -237,3 +237,20 @@ def test_instances_killed_at_any_moment_leave_no_block_behind_on_the_others(
     for i, (_, _, n) in enumerate(shapes):
         finished = all(cluster.answers[f"r{i}", c].finish_reason is not None for c in range(n))
         assert finished or f"r{i}" in cluster.rejected, f"r{i} never got an answer"
+
+
+def test_blocks_that_move_out_of_the_way_of_a_reservation_take_their_kv_along() -> None:
+    config = EngineConfig(block_size=4, max_batch_tokens=16, max_choices=8, max_segments=1)
+    num_moved = 0
+    for seed in range(12):
+        rng = random.Random(seed)
+        cluster = Cluster([P, D], num_blocks=28, config=config, seed=seed)
+        asked = {f"r{i}": (prompt(seed + i, rng.randrange(1, 40)), rng.randrange(2, 30)) for i in range(24)}
+        for request_id, (ids, max_tokens) in asked.items():
+            cluster.submit(request_id, ids, max_tokens=max_tokens)
+        cluster.run()
+        for request_id, (ids, max_tokens) in asked.items():
+            assert cluster.ids(request_id) == reference(ids, max_tokens=max_tokens)
+        num_moved += cluster.nodes["decode-1"].engine.counters.num_moved_blocks
+        cluster.check_at_rest()
+    assert num_moved > 0
