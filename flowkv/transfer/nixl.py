@@ -84,6 +84,7 @@ class NixlTransfer:
         receiving = ReceivingAgent(nixl, name, pool)
         writing = [WritingAgent(nixl, name, pool) for _ in range(num_rails)]
         self._done: Done[Event] = Done()
+        self._pool = pool  # mapped for as long as peers write into it
         self._block_bytes = pool.block_bytes
         self._receiver = _Receiver(receiving, self._done)
         self._rails = [Rail(agent, self._done) for agent in writing]
