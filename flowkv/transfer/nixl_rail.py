@@ -103,6 +103,8 @@ class _Way:
         self.is_overdue = False
         self.waiting: deque[Part] = deque()
         self.flights: list[_Flight] = []
+        self.broken: list[Part] = []  # begun on a connection that was lost: some of their bytes may still come through
+        self.error = ""  # that lost it
 
     @property
     def is_up(self) -> bool:
@@ -167,7 +169,8 @@ class Rail:
     def _drop(self, link: Link) -> None:
         """What is queued ends unsent; of what is under way nobody knows how much came through."""
         way = self._ways.pop(link)
-        self._take_down(way, None)
+        self._take_down(way)
+        self._end_broken(way)
         for part in way.waiting:
             if part.claim():
                 self._done.put(Ended(part))
@@ -191,11 +194,13 @@ class Rail:
         level = logging.DEBUG if way.is_failing else logging.WARNING
         _logger.log(level, "the pool of %s cannot be written to: %r; trying again", way.link.peer, error)
         way.is_failing = True
-        self._take_down(way, f"writing to {way.link.peer} failed: {error!r}")
+        way.error = f"writing to {way.link.peer} failed: {error!r}"
+        self._take_down(way)
 
     def _await_greeting(self, way: _Way, connection: Connection) -> None:
         if connection.is_done(way.greeting):
             way.greeting, way.is_failing = None, False
+            self._end_broken(way)
             if not way.was_up:
                 way.was_up = True
                 self._done.put(Up(way.link))
@@ -219,10 +224,15 @@ class Rail:
         num_bytes = len(flight.part.src_blocks) * self._agent.block_bytes
         self._done.put(Ended(flight.part, num_bytes, now_s - flight.began_s, now_s))
 
-    def _take_down(self, way: _Way, error: str | None) -> None:
+    def _take_down(self, way: _Way) -> None:
         if way.connection is not None:
             way.connection.close()
-        for flight in way.flights:
-            self._done.put(Ended(flight.part, error=error))
+        way.broken += [flight.part for flight in way.flights]
         way.connection = way.greeting = None
         way.flights = []
+
+    def _end_broken(self, way: _Way) -> None:
+        """The peer has answered on a new connection, after all that it had got on the old one; or it is dead."""
+        for part in way.broken:
+            self._done.put(Ended(part, error=way.error or None))
+        way.broken = []

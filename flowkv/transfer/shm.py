@@ -4,7 +4,6 @@ Each pair of instances has one connection (Unix, SEQPACKET), made by the writer.
 first; then a small packet for every write that has been made. The end of the connection is the end of the peer.
 """
 
-import contextlib
 import logging
 import os
 import queue
@@ -21,6 +20,7 @@ from flowkv.errors import TransferError
 from flowkv.kv.pool import KvPool
 from flowkv.transfer.backends import SHM
 from flowkv.transfer.base import Arrived, Completions, Linked, Written
+from flowkv.transfer.done import Done
 from flowkv.transfer.plan import Run
 from flowkv.types import PoolDescriptor
 
@@ -39,36 +39,10 @@ class _Submission:
     immediate: int
 
 
-class _Done:
-    """What threads have done, for `poll`; `fileno` is readable while there is something."""
-
-    def __init__(self) -> None:
-        self._items: queue.SimpleQueue[Written | Linked] = queue.SimpleQueue()
-        self.fileno = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
-    def put(self, item: Written | Linked) -> None:
-        self._items.put(item)
-        self.wake()
-
-    def wake(self) -> None:
-        os.eventfd_write(self.fileno, 1)
-
-    def take(self) -> list[Written | Linked]:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self.fileno)
-        items = []
-        while not self._items.empty():
-            items.append(self._items.get())
-        return items
-
-    def close(self) -> None:
-        os.close(self.fileno)
-
-
 class _Link:
     """This process's way into one peer's pool: a thread that connects, and then copies while steps run."""
 
-    def __init__(self, peer: str, pool_address: str, source: KvPool, done: "_Done") -> None:
+    def __init__(self, peer: str, pool_address: str, source: KvPool, done: Done[Written | Linked]) -> None:
         self._peer_name = peer
         self._address = pool_address
         self._source = np.frombuffer(source.buffer, np.uint8)
@@ -157,7 +131,7 @@ class ShmTransfer:
         self._pool = pool
         self._links: dict[str, _Link] = {}
         self._link_of: dict[int, _Link] = {}  # by ticket, until it is written
-        self._done = _Done()
+        self._done: Done[Written | Linked] = Done()
         self._writers: dict[int, socket.socket] = {}  # connections that arrivals come from, by descriptor
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(address)
