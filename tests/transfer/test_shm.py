@@ -4,13 +4,14 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flowkv.errors import TransferError
 from flowkv.kv.pool import KvPool
 from flowkv.transfer.base import Arrived, Written
 from flowkv.transfer.plan import Run
-from flowkv.transfer.shm import ShmTransfer, attach
+from flowkv.transfer.shm import ShmTransfer, attach, copy_bytes
 from flowkv.types import PoolDescriptor
 
 BLOCK_BYTES = 8192
@@ -138,3 +139,12 @@ def test_a_peer_that_never_comes_does_not_keep_anyone_from_closing(tmp_path: Pat
     p.transfer.disconnect("d")
     assert [(w.ticket, w.num_bytes) for w in p.wait(1, 0)[0]] == [(1, 0)]
     p.transfer.close()
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 4096, 512 << 10, (512 << 10) + 1, 3 * (512 << 10) - 1, 5 << 20])
+def test_bytes_are_copied_whole_whatever_their_number(num_bytes: int) -> None:
+    source = np.frombuffer(os.urandom(num_bytes), np.uint8)
+    target = np.zeros(num_bytes + 2, np.uint8)
+    copy_bytes(target[1:-1], source)
+    assert target[1:-1].tobytes() == source.tobytes()
+    assert target[0] == target[-1] == 0
