@@ -1,4 +1,4 @@
-"""`python -m benchmarks.transfer [ladder|peers|tcp|handover|all]`: measure, print tables, write one JSON."""
+"""`python -m benchmarks.transfer [ladder|peers|tcp|handover|polling|all]`: measure, print tables, write one JSON."""
 
 import argparse
 import sys
@@ -14,12 +14,22 @@ from rich.progress import Progress
 from benchmarks import BenchmarkError
 from benchmarks.report import write_report
 from benchmarks.spawn import exit_on_sigterm
-from benchmarks.transfer import handover, ladder, mooncake_peer, namespaces, nixl_agents, peers, summary, tables
+from benchmarks.transfer import (
+    handover,
+    ladder,
+    mooncake_peer,
+    namespaces,
+    nixl_agents,
+    peers,
+    polling,
+    summary,
+    tables,
+)
 from benchmarks.transfer.geometry import LLAMA_8B, PROMPTS
 from benchmarks.transfer.sides import Progress as Report
 from benchmarks.transfer.sides import run_pair
 
-PARTS = ("ladder", "peers", "tcp", "handover")
+PARTS = ("ladder", "peers", "tcp", "handover", "polling")
 GRID_PROMPTS = (1_000, 4_000)  # where many configurations are compared
 SMALL_SOCKETS = {"UCX_TCP_SNDBUF": "128k", "UCX_TCP_RCVBUF": "128k"}
 
@@ -157,7 +167,17 @@ def run_handover(run: Run) -> None:
     tables.print_handover(run.console, rows)
 
 
-RUNS: dict[str, Callable[[Run], None]] = dict(zip(PARTS, (run_ladder, run_peers, run_tcp, run_handover), strict=True))
+def run_polling(run: Run) -> None:
+    if not run.has_nixl:
+        run.skip("polling: NIXL is not installed (pip install 'flowkv[nixl]')")
+        return
+    run.results["polling"] = shares = polling.measure(run.report)
+    tables.print_polling(run.console, shares)
+
+
+RUNS: dict[str, Callable[[Run], None]] = dict(
+    zip(PARTS, (run_ladder, run_peers, run_tcp, run_handover, run_polling), strict=True)
+)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

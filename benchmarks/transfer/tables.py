@@ -5,8 +5,9 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.report import print_table
+from benchmarks.report import percentile, print_table
 from benchmarks.transfer.geometry import RUNGS, Blocks, Calls, Order, Rung
+from benchmarks.transfer.polling import Share
 
 Rows = Sequence[dict[str, Any]]
 
@@ -55,6 +56,12 @@ def print_peers(console: Console, group: dict[str, Any]) -> None:
     )
     if group["ratios"]:
         print_table(console, ("FlowKV against the best of its kind", "tokens", "times its rate"), ratios)
+
+
+def print_polling(console: Console, shares: Sequence[Share]) -> None:
+    rows = [[share.state, f"{percentile(share.of_a_core, 0.5):.3f}", f"{max(share.of_a_core):.3f}"] for share in shares]
+    title = "What looking for blocks over NIXL costs D, CPU seconds a second"
+    print_table(console, ["", "median", "max"], rows, title)
 
 
 def print_mooncake(console: Console, samples: Rows) -> None:
