@@ -35,6 +35,7 @@ from flowkv.messages import (
     Reserve,
     Reserved,
 )
+from flowkv.transfer.backends import NIXL
 from flowkv.transfer.base import Arrived, Linked, Written
 from flowkv.types import NO_TOKEN, FinishReason, InstanceCounters, InstanceLoad, Output, Role, TokenLogprobs
 
@@ -95,6 +96,8 @@ class Engine:
 
     def on_linked(self, linked: Linked, now_s: float) -> None:
         """A peer's pool can be written to: the controller waits for this before it places anything here."""
+        if self._peers.is_dead(linked.peer):
+            return  # the news of its end came first
         self._sender.links.up(linked)
         self._reporter.is_due = True
         self._report(now_s)
@@ -272,14 +275,19 @@ class Engine:
             self._sweep()
 
     def _on_peer_up(self, message: PeerUp) -> None:
+        if self._peers.is_dead(message.peer.instance):
+            return
         self._effects.append(Connect(message.peer))
         self._effects += self._peers.up(message.peer)
 
     def _on_peer_down(self, message: PeerDown) -> None:
-        if (peer := self._peers.down(message.instance)) is not None:
+        name = message.instance
+        backend, may_linger = self._sender.links.backend(name), False
+        if (peer := self._peers.down(name)) is not None:
             self._effects.append(Disconnect(peer))
-        self._sender.on_peer_down(message.instance)
-        self._receiver.on_peer_down(message.instance)
+            may_linger = backend == NIXL or (backend is None and NIXL in peer.pool.endpoints)
+        self._sender.on_peer_down(name)
+        self._receiver.on_peer_down(name, may_linger)
 
     def _adopt(self, incoming: Incoming) -> None:
         """A request whose prompt was computed elsewhere is ours, with its blocks.

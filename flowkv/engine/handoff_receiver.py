@@ -25,6 +25,7 @@ class Incoming:
     ready: KvReady | None = None
     dropped_choices: set[int] = field(default_factory=set)
     is_cancelled: bool = False  # its blocks are in quarantine
+    is_orphan: bool = False  # its source is dead; only what the network still carries may come
     silent_s: float = 0.0  # since it was last renewed
     unacknowledged_s: float = 0.0  # since `Cancel` was last sent
 
@@ -135,16 +136,22 @@ class HandoffReceiver:
             return
         self._history(message.source).end(message.attempt, Fate.ENDED)
         if (incoming := self._incoming.get((message.source, message.attempt))) is not None:
-            self._forget(incoming)
-            self._blocks.free(incoming.block_table)
+            self._let_go(incoming)
 
-    def on_peer_down(self, source: str) -> None:
-        """The writer is dead and writes no more: that is as good as its word."""
+    def on_peer_down(self, source: str, may_linger: bool = False) -> None:
+        """The writer is dead and writes no more: that is as good as its word.
+
+        Where what it has sent `may_linger` in a network, its blocks stay in quarantine for another lease: bytes that
+        this node's kernel has, and the news of the death, do not wait for each other.
+        """
         self._dead.add(source)
         self._histories.pop(source, None)
         for incoming in [i for i in self._incoming.values() if i.reserve.source == source]:
-            self._forget(incoming)
-            self._blocks.free(incoming.block_table)
+            if may_linger:
+                incoming.is_cancelled = incoming.is_orphan = True
+                incoming.silent_s = 0.0
+            else:
+                self._let_go(incoming)
 
     # --- what else happens -----------------------------------------------------------------------------------------
 
@@ -176,10 +183,13 @@ class HandoffReceiver:
 
     def tick(self, elapsed_s: float) -> None:
         """So much time has passed: quarantine what is not renewed, and ask again for what is in quarantine."""
-        for incoming in self._incoming.values():
+        for incoming in list(self._incoming.values()):
             incoming.silent_s += elapsed_s
             incoming.unacknowledged_s += elapsed_s
-            if not incoming.is_cancelled:
+            if incoming.is_orphan:
+                if incoming.is_silent:
+                    self._let_go(incoming)
+            elif not incoming.is_cancelled:
                 if incoming.is_silent:
                     self.num_expired += 1
                     self._cancel(incoming)
@@ -231,6 +241,11 @@ class HandoffReceiver:
             self._history(reserve.source).end(reserve.attempt, Fate.ADOPTED)
             self._release(reserve.source, reserve.request.request_id, reserve.attempt)
             self._adopt(incoming)
+
+    def _let_go(self, incoming: Incoming) -> None:
+        """Nobody writes its blocks any more."""
+        self._forget(incoming)
+        self._blocks.free(incoming.block_table)
 
     def _forget(self, incoming: Incoming) -> None:
         del self._incoming[incoming.key]

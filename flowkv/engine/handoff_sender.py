@@ -23,7 +23,7 @@ Messages may be lost, doubled or late. A beat is a third of a lease (`leases`).
 `Renew` names the transfers that P still wants. One that is not renewed for a lease is quarantined by D: `Cancel` goes
 out, the blocks stay untouched. P renews no transfer of which a write has failed, and none that has waited for its
 `Release` for a lease with nothing left to write: D then says what is true of it, Release or Cancel. P leaves a D that
-has answered nothing for a lease, unless `KvReady` is out.
+has answered nothing for a lease, or to which no write has ended for two, unless `KvReady` is out.
 
 Both sides are pure: messages go out through the `send` they are given, by the peer's name.
 """
@@ -39,6 +39,8 @@ from flowkv.engine.transfers import SendTo, Transfer, Transfers
 from flowkv.messages import Cancel, CancelAck, KvReady, Refused, Release, Renew, Reserve, Reserved
 from flowkv.transfer.base import Written
 from flowkv.transfer.plan import plan_runs
+
+_STUCK_LEASES = 2  # without one write ended
 
 
 @dataclass(slots=True, eq=False)
@@ -209,9 +211,11 @@ class HandoffSender:
             wanted = [t.attempt for t in opened if t.peer == peer and self._is_wanted(t)]
             self._send(peer, Renew(self._name, wanted, self._clock.lease_s))
         for transfer in opened:
-            if not transfer.is_announced and self._watches.is_silent(transfer.peer):
+            is_stuck = self._is_stuck(transfer, elapsed_s)
+            if not transfer.is_announced and (is_stuck or self._watches.is_silent(transfer.peer)):
                 self._leave(transfer)
             else:
+                transfer.has_failed |= is_stuck
                 self._wait(transfer, elapsed_s)
 
     # --- inside ----------------------------------------------------------------------------------------------------
@@ -226,6 +230,12 @@ class HandoffSender:
     def _is_wanted(self, transfer: Transfer) -> bool:
         """Whether it may still succeed, as far as this side knows."""
         return not transfer.has_failed and transfer.drained_s < self._clock.lease_s
+
+    def _is_stuck(self, transfer: Transfer, elapsed_s: float) -> bool:
+        """Whether the link has moved nothing of it for so long that it cannot be waited for, though the peer lives."""
+        if transfer.in_flight:
+            transfer.stuck_s += elapsed_s
+        return transfer.stuck_s >= _STUCK_LEASES * self._clock.lease_s
 
     def _wait(self, transfer: Transfer, elapsed_s: float) -> None:
         if transfer.is_announced and not transfer.in_flight:

@@ -26,6 +26,11 @@ class Links:
     def down(self, peer: str) -> None:
         self._links.pop(peer, None)
 
+    def backend(self, peer: str) -> str | None:
+        """None where the link is not up."""
+        link = self._links.get(peer)
+        return None if link is None else link.backend
+
     def is_up(self, peer: str) -> bool:
         return peer in self._links
 

@@ -24,6 +24,9 @@ class Peers:
         self._held.pop(name, None)
         return self._up.pop(name, None)
 
+    def is_dead(self, name: str) -> bool:
+        return name in self._dead
+
     def send(self, name: str, message: Message) -> list[Send]:
         if (peer := self._up.get(name)) is not None:
             return [Send(peer.address, message)]

@@ -31,6 +31,7 @@ class Transfer:
     prefilled_s: float = math.inf
     unanswered_s: float = 0.0  # since `Reserve` or `KvReady` was last sent
     drained_s: float = 0.0  # since it was announced and nothing in flight
+    stuck_s: float = 0.0  # since a write of it was posted or ended, while others are in flight
 
 
 @dataclass(slots=True)
@@ -92,6 +93,7 @@ class Transfers:
     def post(self, transfer: Transfer, runs: list[Run]) -> None:
         ticket = next(self._tickets)
         transfer.in_flight.add(ticket)
+        transfer.stuck_s = 0.0
         self._by_ticket[ticket] = transfer
         self._num_in_flight[transfer.request_id] = self._num_in_flight.get(transfer.request_id, 0) + 1
         self.counters.num_calls += len(runs)
@@ -102,6 +104,7 @@ class Transfers:
         """A write is done; the transfer that it belongs to."""
         transfer = self._by_ticket.pop(written.ticket)
         transfer.in_flight.remove(written.ticket)
+        transfer.stuck_s = 0.0
         remaining = self._num_in_flight.pop(transfer.request_id) - 1
         if remaining:
             self._num_in_flight[transfer.request_id] = remaining

@@ -124,10 +124,10 @@ class NixlTransfer:
         pieces = zip(np.array_split(src_blocks, len(rails)), np.array_split(dst_blocks, len(rails)), strict=True)
         parts = self._parts_of[ticket] = [Part(submission, src, dst, immediate) for src, dst in pieces]
         for rail, part in zip(rails, parts, strict=True):
-            if link is None or not len(part.src_blocks):
-                self._done.put(Ended(part))
-            else:
+            if link is not None:
                 rail.submit(link, part)
+            elif part.claim():
+                self._done.put(Ended(part))
 
     def cancel(self, ticket: int) -> None:
         for part in self._parts_of.get(ticket, []):
@@ -162,7 +162,8 @@ class NixlTransfer:
         self._done.close()
 
     def _rails_for(self, ticket: int, num_blocks: int) -> list[Rail]:
-        num_parts = min(len(self._rails), max(1, num_blocks * self._block_bytes // _MIN_PART_BYTES))
+        """At least one, and none without a block."""
+        num_parts = max(1, min(len(self._rails), num_blocks, num_blocks * self._block_bytes // _MIN_PART_BYTES))
         first = ticket % len(self._rails)  # so that small ones are shared out
         return (self._rails[first:] + self._rails[:first])[:num_parts]
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from flowkv.errors import TransferError
+from flowkv.errors import FlowKVError, TransferError
 from flowkv.kv.pool import KvPool
 from flowkv.transfer.backends import SHM
 from flowkv.transfer.base import Arrived, Completions, Linked, Written
@@ -56,7 +56,7 @@ class _Link:
         self._closed = threading.Event()
         self._peer: tuple[socket.socket, KvPool] | None = None  # once connected
         self._submissions: queue.SimpleQueue[_Submission | None] = queue.SimpleQueue()
-        self._cancelled: set[int] = set()  # tickets; each leaves with its submission
+        self._cancelled: set[int] = set()  # tickets, until they are known to be written
         self._thread = threading.Thread(target=self._run, name="flowkv-link", daemon=True)
         self._thread.start()
 
@@ -65,6 +65,10 @@ class _Link:
 
     def cancel(self, ticket: int) -> None:
         self._cancelled.add(ticket)
+
+    def forget(self, ticket: int) -> None:
+        """It is written, and a cancellation came too late."""
+        self._cancelled.discard(ticket)
 
     def close(self) -> None:
         """What is still queued completes unsent."""
@@ -87,7 +91,6 @@ class _Link:
     def _write(self, submission: _Submission) -> Written:
         started_s = time.monotonic()
         is_wanted = submission.ticket not in self._cancelled
-        self._cancelled.discard(submission.ticket)
         num_blocks = self._copy(submission.runs) if is_wanted else 0
         if num_blocks:
             self._announce(submission.immediate, num_blocks)
@@ -96,11 +99,13 @@ class _Link:
 
     def _connect(self) -> tuple[socket.socket, KvPool] | None:
         """A peer that does not answer is stopped, or dead and soon known to be: until `close`, it may come back."""
+        level = logging.WARNING
         while not self._closed.is_set():
             try:
                 return attach(self._address, self._block_bytes)
-            except TransferError as error:
-                _logger.warning("%s; trying again", error)
+            except FlowKVError as error:
+                _logger.log(level, "%s; trying again", error)
+                level = logging.DEBUG
                 self._closed.wait(_RECONNECT_INTERVAL_S)
         return None
 
@@ -175,7 +180,8 @@ class ShmTransfer:
             if isinstance(item, Linked):
                 completions.linked.append(item)
             else:
-                self._link_of.pop(item.ticket, None)
+                if (link := self._link_of.pop(item.ticket, None)) is not None:
+                    link.forget(item.ticket)
                 completions.written.append(item)
         for fd, connection in list(self._writers.items()):
             if not _receive_into(connection, completions.arrived):
@@ -234,7 +240,8 @@ def copy_bytes(target: _Bytes, source: _Bytes) -> None:
 
 
 def attach(pool_address: str, block_bytes: int) -> tuple[socket.socket, KvPool]:
-    """Connect to a listening `ShmTransfer` and map the pool that it hands out. TransferError if that cannot be."""
+    """Connect to a listening `ShmTransfer` and map the pool that it hands out. TransferError if that cannot be,
+    PoolError if the pool is not what its owner says."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection.settimeout(_CONNECT_TIMEOUT_S)
@@ -245,7 +252,7 @@ def attach(pool_address: str, block_bytes: int) -> tuple[socket.socket, KvPool]:
     except OSError as error:
         connection.close()
         raise TransferError(f"the pool at {pool_address} cannot be reached: {error}") from error
-    except TransferError:
+    except FlowKVError:
         connection.close()
         raise
 

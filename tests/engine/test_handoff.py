@@ -315,6 +315,40 @@ def test_a_silent_peer_is_left_after_a_lease() -> None:
     assert p.sent[-1] == ("d0", CancelAck("p", "r", 1))
 
 
+def test_a_link_that_moves_nothing_is_left_though_its_peer_answers() -> None:
+    p = P(["d0", "d1"])
+    p.sender.on_reserved(Reserved("d0", "r", 1, 77, [0, 1, 2]))
+    p.compute(4)
+    p.compute(8)
+    for _ in range(5):
+        p.sender.heard("d0")
+        p.tick()
+    p.written(p.writes[0])  # something ends: the link is slow, not dead
+    for _ in range(5):
+        p.sender.heard("d0")
+        p.tick()
+    assert p.cancelled == []
+    p.sender.heard("d0")
+    assert [type(m) for name, m in p.tick() if name == "d1"] == [Reserve]
+    assert p.cancelled == [p.writes[1].ticket]
+    p.written(p.writes[1])
+    assert p.sent[-1] == ("d0", CancelAck("p", "r", 1))
+
+
+def test_what_a_stuck_link_should_have_brought_is_not_renewed_once_it_is_announced() -> None:
+    p = P(["d0"])
+    p.sender.on_reserved(Reserved("d0", "r", 1, 77, [0, 1, 2]))
+    p.finish()
+    for _ in range(5):
+        p.sender.heard("d0")
+        assert ("d0", Renew("p", [1], LEASE_S)) in p.tick()
+    for _ in range(2):
+        p.sender.heard("d0")
+        p.tick()
+    assert ("d0", Renew("p", [], LEASE_S)) in p.sent
+    assert p.cancelled == []  # D may have it
+
+
 def test_a_peer_may_be_silent_for_as_long_as_it_says() -> None:
     p = P(["d0"])
     p.tick()
@@ -431,6 +465,21 @@ def test_a_dead_writer_is_as_good_as_its_word() -> None:
     d.receiver.on_peer_down("p")
     assert d.blocks.num_free == 5
     assert [incoming.reserve.source for incoming in d.receiver.incoming] == ["q"]
+
+
+def test_what_a_network_may_still_carry_of_a_dead_writer_keeps_its_blocks_for_a_lease() -> None:
+    d = D()
+    reserved = d.reserve()
+    assert isinstance(reserved, Reserved)
+    d.receiver.on_peer_down("p", may_linger=True)
+    d.receiver.on_ready(READY)
+    d.receiver.on_arrived(Arrived(reserved.immediate, 3))
+    d.sent.clear()
+    d.receiver.tick(LEASE_S / 2)
+    assert d.blocks.num_free == 5 and d.receiver.num_quarantined_blocks == 3
+    d.receiver.tick(LEASE_S / 2)
+    assert d.blocks.num_free == 8 and d.receiver.incoming == []
+    assert d.adopted == [] and d.sent == []  # there is nobody to ask
 
 
 def test_what_a_dead_source_had_sent_before_is_ignored() -> None:

@@ -223,6 +223,19 @@ def test_what_is_submitted_before_the_peer_is_reached_waits(alone: Side) -> None
     d.transfer.close()
 
 
+def test_one_large_block_is_not_reported_before_it_is_written() -> None:
+    """It is large enough to be shared, but there is nothing to share."""
+    p, d = Side("p", 32 << 20, num_blocks=1), Side("d", 32 << 20, num_blocks=1)
+    p.reach("d", d.transfer.descriptor)
+    for ticket in range(4):
+        p.transfer.submit(ticket, "d", [Run(0, 0, 1)], immediate=1)
+        p.transfer.cancel(ticket)
+        [written], _, _ = p.wait(num_written=1)
+        assert (written.ticket, p.transfer.poll().written) == (ticket, [])
+    for side in (p, d):
+        side.transfer.close()
+
+
 def test_what_is_submitted_for_a_disconnected_peer_completes_unsent(alone: Side, gone: PoolDescriptor) -> None:
     alone.transfer.connect("d", gone)
     alone.transfer.submit(2, "d", [Run(0, 0, 1)], immediate=1)
@@ -313,7 +326,9 @@ def test_a_stopped_peer_holds_up_its_own_transfers_only() -> None:
     os.kill(d.process.pid, signal.SIGSTOP)
     p.transfer.submit(3, "d", [Run(0, 0, 8)], immediate=3)
     p.transfer.disconnect("d")
-    assert [(w.ticket, w.num_bytes) for w in p.wait(num_written=1)[0]] == [(3, 0)]
+    [written] = p.wait(num_written=1)[0]  # one rail may have come through before
+    assert written.ticket == 3
+    assert written.num_bytes < 8 * LARGE_BLOCK_BYTES
     for side in (p, other):
         side.transfer.close()
     d.kill()
