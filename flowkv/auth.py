@@ -26,7 +26,9 @@ MIN_KEY_CHARACTERS = 32
 _SALT = b"flowkv cluster key, version 1"
 _ZAP_ADDRESS = "inproc://zeromq.zap.01"  # fixed by ZAP: one a context
 _ZAP_DOMAIN = b"flowkv"
-_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+_REFUSED = (  # without detail: the stranger hung up first
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
 _WARNING_INTERVAL_S = 60.0
 
 _logger = logging.getLogger(__name__)

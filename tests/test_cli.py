@@ -1,8 +1,10 @@
 """What a user gets for a mistake: one clear line and a non-zero exit, no traceback."""
 
+import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ import pytest
 
 def flowkv(*arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "flowkv.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "FLOWKV_CLUSTER_KEY"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
 
 
 @pytest.mark.parametrize(
@@ -46,8 +49,47 @@ def test_a_busy_port_gets_one_line() -> None:
     assert f"port {port}" in result.stderr.strip().splitlines()[-1]
 
 
+def test_another_node_needs_an_address_and_a_key(tmp_path: Path) -> None:
+    listen = ("serve", "--toy", "--port", "0", "--listen")
+    joining = ("join", "127.0.0.1:9", "--role", "decode")
+    short = ("--cluster-key-file", key_file(tmp_path, "short"))
+    key = ("--cluster-key-file", key_file(tmp_path, flowkv("key").stdout))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        busy = f"127.0.0.1:{other.getsockname()[1]}"
+        mistakes: list[tuple[Sequence[str], str]] = [
+            ((*listen, "127.0.0.1"), "--listen needs a key that all nodes share"),
+            ((*listen, "127.0.0.1", *short), "has 5 characters, fewer than 32"),
+            ((*listen, "192.0.2.1", *key), "192.0.2.1, which must be an address of this node"),
+            ((*listen, "0.0.0.0", *key), "give the address by which they reach this one"),
+            ((*listen, busy, *key), "Address already in use"),
+            (joining, "joining takes the cluster's key"),
+            ((*joining, "--address", "192.0.2.1", *key), "192.0.2.1, which must be an address of this node"),
+            ((*joining, *key), "within 10 s: no controller listens there"),
+        ]
+        for arguments, words in mistakes:
+            result = flowkv(*arguments)
+            assert result.returncode == 1 and "Traceback" not in result.stderr
+            last = result.stderr.strip().splitlines()[-1]
+            assert last.startswith("flowkv: error: ") and words in last, last
+
+
+def key_file(folder: Path, text: str) -> str:
+    path = folder / f"key-{len(text)}"
+    path.touch(0o600)
+    path.write_text(text)
+    return str(path)
+
+
+def test_keys_are_new_and_long_enough() -> None:
+    one, other = flowkv("key").stdout.strip(), flowkv("key").stdout.strip()
+    assert one != other and len(one) >= 32
+
+
 def test_help_names_every_option() -> None:
     text = flowkv("serve", "--help").stdout
-    for option in ("MODEL", "--prefill", "--decode", "--mixed", "--dtype", "--port", "--config", "--set"):
+    for option in ("MODEL", "--prefill", "--decode", "--mixed", "--dtype", "--port", "--listen", "--config", "--set"):
+        assert option in text
+    text = flowkv("join", "--help").stdout
+    for option in ("CONTROLLER_ADDRESS", "MODEL", "--role", "--count", "--address", "--cluster-key-file", "--threads"):
         assert option in text
     assert flowkv("--version").stdout.startswith("flowkv ")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkv.config import ClusterConfig, EngineConfig, load_config, parse_bytes
+from flowkv.config import ClusterConfig, EngineConfig, load_config, parse_bytes, parse_endpoint, with_overrides
 from flowkv.errors import ConfigError
 from flowkv.types import Role
 
@@ -38,6 +38,8 @@ def test_mixed_alone_means_no_prefill_and_decode_instances() -> None:
         ({"engine.kv_memory": "lots"}, [], "512MiB"),
         ({"device": "cuda"}, [], "device is one of cpu"),
         ({"server.max_body_bytes": -1}, [], "at least 1"),
+        ({"network.listen": "10.0.0.1:0"}, [], "1 to 65535"),
+        ({"network.node_timeout_s": 0}, [], "2 to 3600"),
     ],
 )
 def test_what_cannot_be_is_named(overrides: dict[str, object], dotted: list[str], word: str) -> None:
@@ -45,6 +47,38 @@ def test_what_cannot_be_is_named(overrides: dict[str, object], dotted: list[str]
         overrides = {"prefill": 1}
     with pytest.raises(ConfigError, match=word):
         load_config(None, overrides, dotted)
+
+
+@pytest.mark.parametrize(
+    ("text", "endpoint"),
+    [
+        ("10.0.0.1", ("10.0.0.1", 8100)),
+        ("node.example:1", ("node.example", 1)),
+        ("::1", ("::1", 8100)),
+        ("[::1]", ("::1", 8100)),
+        ("[fe80::1%eth0]:65535", ("fe80::1%eth0", 65535)),
+    ],
+)
+def test_endpoints(text: str, endpoint: tuple[str, int]) -> None:
+    assert parse_endpoint(text) == endpoint
+
+
+@pytest.mark.parametrize("text", ["", ":8100", "a:", "a:b", "a:0", "a:65536", "a:-1", "[]:1", "a:\N{SUPERSCRIPT TWO}"])
+def test_what_is_no_endpoint(text: str) -> None:
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        parse_endpoint(text)
+
+
+def test_a_node_for_others_needs_no_instance_of_its_own() -> None:
+    assert load_config(None, {"prefill": 0, "decode": 0, "network.listen": "10.0.0.1"}).roles == []
+
+
+def test_a_node_may_differ_from_its_cluster() -> None:
+    config = ClusterConfig(toy=True, engine=EngineConfig(block_size=32))
+    changed = with_overrides(config, {"engine.threads": 3, "model": "m"})
+    assert changed.engine == EngineConfig(block_size=32, threads=3) and changed.model == "m" and changed.toy
+    with pytest.raises(ConfigError, match="512MiB"):
+        with_overrides(config, {"engine.kv_memory": "lots"})
 
 
 def test_a_file_that_is_missing_or_broken_is_named(tmp_path: Path) -> None:

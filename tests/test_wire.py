@@ -1,4 +1,6 @@
 import asyncio
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -8,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowkv import messages as m
+from flowkv.auth import ClusterKey
 from flowkv.config import ClusterConfig
 from flowkv.errors import ConfigError, ProtocolError
 from flowkv.types import (
@@ -22,7 +25,7 @@ from flowkv.types import (
     SamplingParams,
     TokenLogprobs,
 )
-from flowkv.wire import AsyncMailbox, Mailbox, Outbox, SyncContext, decode, encode
+from flowkv.wire import AsyncMailbox, Mailbox, Outbox, SyncContext, decode, encode, tcp_address
 from tests.pools import descriptor
 
 MODEL = ModelInfo(name="toy", dtype="float32", vocab_size=256, max_model_tokens=512)
@@ -31,6 +34,7 @@ REQUEST = Request(
     prompt_ids=[1, 2, 3],
     sampling=SamplingParams(max_tokens=4, stop_token_ids=frozenset({7}), logprobs=2),
 )
+KEY, OTHER_KEY = ClusterKey.derive("a" * 32), ClusterKey.derive("b" * 32)
 PEER = m.PeerInfo("p0.1", "ipc:///run/p0", descriptor("p0.1"))
 LOGPROBS = TokenLogprobs(5, -0.25, [(5, -0.25), (6, -2.0)])
 OUTPUT = Output("r0", 1, 0, 3, [5], FinishReason.STOP, 5, [LOGPROBS], [LOGPROBS], "why")
@@ -137,13 +141,85 @@ def test_mailbox_gets_what_outboxes_send_in_order(context: SyncContext, tmp_path
 
 
 def test_tcp_mailbox_tells_its_port(context: SyncContext) -> None:
-    mailbox, outbox = Mailbox(context, "tcp://127.0.0.1:0"), Outbox(context)
-    assert not mailbox.address.endswith(":0")
-    outbox.send(mailbox.address, m.Ready("x"))
-    assert mailbox.socket.poll(5000)
-    assert mailbox.receive_all() == [m.Ready("x")]
-    outbox.close()
+    for host in ("127.0.0.1", "::1"):
+        mailbox, outbox = Mailbox(context, tcp_address(host, "*"), KEY), Outbox(context, KEY)
+        assert mailbox.address.startswith(tcp_address(host, "")) and not mailbox.address.endswith(("*", ":0"))
+        outbox.send(mailbox.address, m.Ready("x"))
+        assert mailbox.socket.poll(5000)
+        assert mailbox.receive_all() == [m.Ready("x")]
+        outbox.close()
+        mailbox.close()
+    context.term()
+
+
+def test_tcp_takes_a_key(context: SyncContext) -> None:
+    with pytest.raises(ConfigError, match="key"):
+        Mailbox(context, "tcp://127.0.0.1:*")
+    with pytest.raises(ConfigError, match="key"):
+        Outbox(context).send("tcp://127.0.0.1:9", m.Ready("x"))
+    context.term()
+
+
+def shows_nothing(socket: zmq.SyncSocket) -> None:
+    """ZeroMQ's NULL mechanism."""
+
+
+def shows_a_password(socket: zmq.SyncSocket) -> None:
+    socket.plain_username, socket.plain_password = b"flowkv", KEY.secret
+
+
+def shows_another_key(socket: zmq.SyncSocket) -> None:
+    OTHER_KEY.identify(socket)
+
+
+def knows_the_public_half_only(socket: zmq.SyncSocket) -> None:
+    socket.curve_serverkey = KEY.public
+    socket.curve_publickey, socket.curve_secretkey = OTHER_KEY.public, OTHER_KEY.secret
+
+
+STRANGERS: list[Callable[[zmq.SyncSocket], None]] = [
+    shows_nothing, shows_a_password, shows_another_key, knows_the_public_half_only
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_nothing_gets_in_without_the_key(
+    context: SyncContext, caplog: pytest.LogCaptureFixture, stranger: Callable[[zmq.SyncSocket], None]
+) -> None:
+    receiving: SyncContext = zmq.Context()
+    mailbox, outbox = Mailbox(receiving, "tcp://127.0.0.1:*", KEY), Outbox(context, KEY)
+    strangers = [context.socket(zmq.PUSH) for _ in range(3)]
+    for socket in strangers:
+        socket.linger = 0
+        stranger(socket)
+        socket.connect(mailbox.address)
+        socket.send(encode(m.Ready("stranger")))
+    deadline_s = time.monotonic() + 10.0
+    while not caplog.records and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    outbox.send(mailbox.address, m.Ready("member"))
+    received = mailbox.receive_all() if mailbox.socket.poll(5000) else []
     mailbox.close()
+    receiving.term()
+    for socket in strangers:
+        socket.close()
+    outbox.close()
+    context.term()
+    assert received == [m.Ready("member")]
+    assert [record.message for record in caplog.records] == [
+        "turned away a connection that does not hold the cluster's key"
+    ]
+
+
+def test_members_turn_away_from_whoever_listens_in_their_place(context: SyncContext) -> None:
+    impostor = Mailbox(context, "tcp://127.0.0.1:*", OTHER_KEY)
+    sending: SyncContext = zmq.Context()
+    outbox = Outbox(sending, KEY)
+    outbox.send(impostor.address, m.Ready("secret"))
+    assert not impostor.socket.poll(300)
+    outbox.close(linger_s=0)
+    sending.term()
+    impostor.close()
     context.term()
 
 

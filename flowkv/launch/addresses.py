@@ -1,13 +1,14 @@
 """Addresses of nodes: what people give, as numbers, and checked before anything starts."""
 
+import errno
 import hashlib
 import ipaddress
 import itertools
 import socket
+from pathlib import Path
 
 from flowkv.config import parse_endpoint
 from flowkv.errors import ConfigError
-from flowkv.transfer.select import node_identity
 
 
 def resolve_endpoint(text: str) -> tuple[str, int]:
@@ -50,17 +51,21 @@ def source_address(host: str, port: int) -> str:
 def take_place(controller_address: str) -> tuple[socket.socket, str]:
     """A place in a cluster for one launcher of this node (`messages.Join`), and its name.
 
-    It is taken for as long as any process holds the socket: a name in the abstract namespace, which the kernel frees
-    with the last of them, however they end.
+    It is a name in the abstract namespace of Unix sockets, which has one holder in a network namespace, and which the
+    kernel frees with the last process that has the socket, however that ends. Its number comes after what tells one
+    network namespace from all others: of this boot of this machine.
     """
-    seed = f"{node_identity()} {controller_address}"
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    seed = f"{boot} {Path('/proc/self/ns/net').readlink()} {controller_address}"
     for number in itertools.count():
         name = f"flowkv-{hashlib.sha256(seed.encode()).hexdigest()[:16]}-{number}"
         place = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             place.bind(f"\0{name}")
-        except OSError:  # taken: by another launcher, or by what is still alive of one
+        except OSError as error:
             place.close()
+            if error.errno != errno.EADDRINUSE:
+                raise
         else:
             return place, name
     raise AssertionError("unreachable")

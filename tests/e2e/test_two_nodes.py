@@ -4,6 +4,7 @@ import importlib.util
 import os
 import random
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,10 +12,10 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from flowkv.auth import KEY_VARIABLE, new_key
+from flowkv.bundled import MODEL_FOLDER
 from tests.e2e.namespaces import Namespace, two_namespaces
 from tests.e2e.server import Launched, Server, cleared_up, eventually, serving
 from tests.e2e.test_toy_cluster import CHECKED, check_all_free, complete, make_requests, server_roles, toy_tokens
@@ -67,6 +68,8 @@ def test_greedy_tokens_are_those_of_one_instance(nodes: Nodes) -> None:
         link = r'flowkv_link_bytes_total{backend="nixl",instance="prefill-0",peer="decode-0@node-1"} (\S+)'
         found = re.search(link, server.client.get("/metrics").text)
         assert found is not None and float(found[1]) > 0
+        shown = [Path(f"/proc/{pid}/cmdline").read_text() for pid in server.processes() + other.processes()]
+        assert KEY not in "".join(shown + server.lines + other.lines)
 
 
 def test_an_instance_killed_on_the_other_node_is_started_again(nodes: Nodes) -> None:
@@ -104,6 +107,21 @@ def test_a_launcher_killed_on_the_other_node_takes_its_instances_along(nodes: No
             check_serves(server, "decode-0@node-2")
 
 
+def test_a_stopped_instance_is_not_taken_for_dead_when_its_node_joins_again(nodes: Nodes) -> None:
+    with nodes.serving(*CHECKED, *FAST, "--decode", "0") as server, nodes.joined("--role", "decode") as other:
+        stopped = other.pid_of("decode-0@node-1")
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            other.process.send_signal(signal.SIGKILL)
+            other.process.wait(30.0)
+            with nodes.joined("--role", "decode"):
+                check_serves(server, "decode-0@node-2")
+                assert not any("decode-0@node-1 is gone" in line for line in server.lines)
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        eventually(lambda: other.processes() == [] and other.files() == [], "it dies as soon as it wakes")
+
+
 def test_a_node_that_hears_nothing_of_the_controller_stops(nodes: Nodes) -> None:
     with nodes.serving(*CHECKED, *FAST, "--decode", "0") as server, nodes.joined("--role", "decode") as other:
         nodes.there.set_link("down")
@@ -125,10 +143,10 @@ def test_nodes_stop_with_the_cluster(nodes: Nodes) -> None:
 
 
 def test_a_node_may_come_before_the_cluster(nodes: Nodes) -> None:
-    with cleared_up(nodes.join("--role", "decode", ready=re.compile("asking"))) as other:
-        with nodes.serving(*CHECKED, "--decode", "0") as server:
-            other.wait_for_line(JOINED)
-            check_serves(server, "decode-0@node-1")
+    early = nodes.join("--role", "decode", ready=re.compile("asking"))
+    with cleared_up(early) as other, nodes.serving(*CHECKED, "--decode", "0") as server:
+        other.wait_for_line(JOINED)
+        check_serves(server, "decode-0@node-1")
 
 
 def test_another_key_lets_nobody_in(nodes: Nodes) -> None:
@@ -141,7 +159,9 @@ def test_another_key_lets_nobody_in(nodes: Nodes) -> None:
         assert server_roles(server) == {"mixed-0"}
 
 
-def test_the_bundled_model_answers_the_same_through_two_nodes(nodes: Nodes) -> None:
+def test_the_bundled_model_answers_the_same_through_two_nodes_and_no_other_model_gets_in(
+    nodes: Nodes, tmp_path: Path
+) -> None:
     options = ("--threads", "1", "--dtype", "float32", "--set", "engine.max_batch_tokens=128")
     rng = random.Random(1)
     bodies = [
@@ -150,12 +170,26 @@ def test_the_bundled_model_answers_the_same_through_two_nodes(nodes: Nodes) -> N
     ]
     with nodes.serving(*options, "--decode", "0") as server:
         alone = [complete(server, body) for body in bodies]  # no decode instance yet
+        other_weights = str(other_model(tmp_path / MODEL_FOLDER.name))
+        with cleared_up(nodes.join(other_weights, "--role", "decode", ready=re.compile("error"))) as refused:
+            assert refused.wait() == 1
+        assert "decode-0@node-1: it serves other weights under the name" in refused.lines[-1]
         with nodes.joined("--role", "decode", "--threads", "1"):
-            eventually(lambda: "decode-0@node-1" in server_roles(server), "it is known")
+            eventually(lambda: "decode-0@node-2" in server_roles(server), "it is known")
             assert [complete(server, body) for body in bodies] == alone
             eventually(
                 lambda: server.gauge("flowkv_instance_transfers_total")["prefill-0"] == len(bodies), "all handed over"
             )
+
+
+def other_model(folder: Path) -> Path:
+    """The bundled one, but for one weight."""
+    shutil.copytree(MODEL_FOLDER, folder)
+    weights = next(folder.glob("*.safetensors"))
+    changed = bytearray(weights.read_bytes())
+    changed[8 + int.from_bytes(changed[:8], "little")] ^= 1
+    weights.write_bytes(changed)
+    return folder
 
 
 def check_serves(server: Server, instance: str) -> None:
