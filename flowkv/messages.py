@@ -95,10 +95,11 @@ class LoadReport(Message):
 
 
 class InstanceExited(Message):
-    """From the launcher: the process is gone."""
+    """From the launcher: the process is gone. One of another `epoch` of the cluster may have had the same name."""
 
     instance: str
     reason: str
+    epoch: str = ""
 
 
 class Join(Message):

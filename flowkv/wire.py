@@ -18,9 +18,11 @@ from flowkv.auth import ClusterKey, Doorkeeper
 from flowkv.errors import ConfigError, ProtocolError
 from flowkv.messages import AnyMessage, Message
 
+MAX_MESSAGE_BYTES = 128 << 20  # over tcp, where a stranger may send before he has to show a key
 MAX_IPC_PATH_BYTES = 107  # sun_path of Linux is 108 bytes, the closing zero included
 _DEAD_LINK_S = 20
 _KEEPALIVE_PROBES = 3
+_LAST_MS = 1000
 _HANDSHAKE_MS = 10_000
 _RECONNECT_MS, _MAX_RECONNECT_MS = 100, 2000
 
@@ -100,6 +102,7 @@ class Mailbox:
         self.socket.linger = 0
         if member_key is not None:
             _prepare_tcp(self.socket, address)
+            self.socket.maxmsgsize = MAX_MESSAGE_BYTES
             member_key.open_to_members(self.socket)
             self._doorkeeper = Doorkeeper(context, member_key, self.socket)
         try:
@@ -167,6 +170,16 @@ class Outbox:
         """Raises `ConfigError` for an `ipc://` path that is too long, and for tcp without a key."""
         socket = self._sockets.get(address) or self._connect(address)
         socket.send(encode(message), zmq.NOBLOCK)
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of those for whom a socket is kept."""
+        return list(self._sockets)
+
+    def send_last(self, address: str, message: Message) -> None:
+        """Send to somebody who is no peer (any more): the message has `_LAST_MS` to leave, and no socket is kept."""
+        self.send(address, message)
+        self._sockets.pop(address).close(linger=_LAST_MS)
 
     def drop(self, address: str) -> None:
         """Forget a peer that is gone, and what it has not read."""

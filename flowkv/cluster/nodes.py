@@ -140,6 +140,11 @@ class Nodes:
         self._out.append((address, message))
 
 
+def is_of_other_node(message: Register) -> bool:
+    """Whether an instance was started by a joined node, not by the controller's own."""
+    return _node_name(message.peer.instance) is not None
+
+
 def _node_name(instance: str) -> str | None:
     """Of `decode-0@node-1~2`: `node-1`."""
     _, separator, node = instance.partition(NODE_SEPARATOR)

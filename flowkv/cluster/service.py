@@ -8,10 +8,11 @@ import zmq
 
 from flowkv.auth import ClusterKey
 from flowkv.cluster.controller import Controller
-from flowkv.cluster.nodes import Nodes
+from flowkv.cluster.nodes import Nodes, is_of_other_node
 from flowkv.config import ClusterConfig
 from flowkv.errors import FlowKVError, ProtocolError
 from flowkv.messages import (
+    Dismissed,
     InstanceExited,
     Join,
     Leave,
@@ -74,6 +75,9 @@ class _Service:
         self._controller = Controller(
             len(config.roles), spec.epoch, config.transfer.backend, config.transfer.lease_s
         )  # fmt: skip
+        self._epoch = spec.epoch
+        self._awaits_own = bool(config.roles)  # an instance of this node, which has not registered yet
+        self._early: list[Register] = []
         self._nodes = Nodes(spec.epoch, config, spec.model_name)
         self._poller = zmq.Poller()
         self._poller.register(mailbox.socket, zmq.POLLIN)
@@ -99,13 +103,26 @@ class _Service:
                 self._nodes.handle(message, time.monotonic())
                 for exited in self._nodes.take_exits():
                     self._on_exited(exited)
+            case Register() if is_of_other_node(message) and self._awaits_own:
+                self._early.append(message)  # what is served here says this node, not who is quickest
             case Register() if (reason := self._nodes.refusal(message)) is not None:
-                self._outbox.send(message.peer.address, RegistrationRefused(reason))
+                self._outbox.send_last(message.peer.address, RegistrationRefused(reason))
+            case Register():
+                self._tell_controller(message)
+                self._admit_early()
+            case InstanceExited() if message.epoch != self._epoch:
+                _logger.warning("ignored the end of %s, of an earlier cluster", message.instance)
             case InstanceExited():
                 self._nodes.on_exited(message.instance)
                 self._on_exited(message)
             case _:
                 self._tell_controller(message)
+
+    def _admit_early(self) -> None:
+        self._awaits_own = False
+        early, self._early = self._early, []
+        for message in early:
+            self._handle(message)
 
     def _on_exited(self, message: InstanceExited) -> None:
         _logger.warning("instance %s is gone: %s", message.instance, message.reason)
@@ -119,7 +136,8 @@ class _Service:
 
     def _send_all(self) -> None:
         for to, answer in self._controller.take_messages() + self._nodes.take_messages():
-            self._outbox.send(to, answer)
+            is_last = isinstance(answer, Dismissed | RegistrationRefused)
+            (self._outbox.send_last if is_last else self._outbox.send)(to, answer)
         for text in self._nodes.take_notes():
             self._outbox.send(self._launcher_address, Note(text))
         for gone_addresses in (self._controller.gone_addresses, self._nodes.gone_addresses):

@@ -70,8 +70,8 @@ class _Membership:
     def run(self) -> None:
         node, display = self._node, self._node.display
         display.note(f"asking {self._options.controller} to let this node in")
-        welcome = self._ask()
         node.stack.callback(node.outbox.send, self._controller_address, Leave(self._launcher))
+        welcome = self._ask()
         node.stack.callback(node.children.stop_all)
         self._start(welcome)
         while not node.children.are_ready:

@@ -169,7 +169,7 @@ class Node:
         seat.num_failed_starts += not child.is_ready
         if seat.num_failed_starts and seat.epoch == 0:
             raise FlowKVError(f"{name} {how} before it was ready")
-        self.outbox.send(seat.spec.controller_address, InstanceExited(name, how))
+        self.outbox.send(seat.spec.controller_address, InstanceExited(name, how, seat.spec.epoch))
         if seat.num_failed_starts >= _MAX_FAILED_STARTS:
             self.display.note(f"{name} {how}; it failed to start {seat.num_failed_starts} times and stays down")
             return
