@@ -160,7 +160,7 @@ class PeerUp(Message):
 
 
 class PeerDown(Message):
-    """The process behind the name is dead; it will never write into a pool again."""
+    """The process behind the name is dead and begins no write any more; a network may still carry what it had begun."""
 
     instance: str
 
