@@ -13,7 +13,6 @@ from flowkv import __version__
 from flowkv.auth import KEY_VARIABLE, read_key
 from flowkv.cluster.nodes import NODE_SEPARATOR
 from flowkv.config import with_overrides
-from flowkv.engine.process import InstanceSpec
 from flowkv.errors import ConfigError, FlowKVError
 from flowkv.launch.addresses import check_local, resolve_endpoint, resolve_host, source_address, take_place
 from flowkv.launch.model import resolve_model
@@ -99,20 +98,8 @@ class _Membership:
         if self._options.model is not None:
             overrides["model"] = self._options.model
         config = with_overrides(welcome.config, overrides)
-        template = InstanceSpec(
-            name="",
-            role=self._options.role,
-            config=config,
-            model_folder=resolve_model(config),
-            model_name=welcome.model_name,
-            threads=0,
-            address="",
-            pool_address="",
-            controller_address=self._controller_address,
-            launcher_address=self._node.address,
-            epoch=welcome.epoch,
-            key=self._node.key,
-            place=self._place,
+        template = self._node.instance_template(
+            config, resolve_model(config), welcome.model_name, self._controller_address, welcome.epoch, self._place
         )
         self._node.children.start_caretaker(self._node.preload(config), self._node.folders)
         roles = [self._options.role] * self._options.count

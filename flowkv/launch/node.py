@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -95,6 +96,32 @@ class Node:
     def folders(self) -> tuple[str, str]:
         """Ours and that of multiprocessing: one process is told to remove them if the launcher is killed."""
         return str(self.run_folder), get_temp_dir()
+
+    def instance_template(
+        self,
+        config: ClusterConfig,
+        model_folder: Path | None,
+        model_name: str,
+        controller_address: str,
+        epoch: str,
+        place: socket.socket | None = None,
+    ) -> InstanceSpec:
+        """What the instances of this node have in common; `start_instances` fills in the rest for each."""
+        return InstanceSpec(
+            name="",
+            role=Role.MIXED,
+            config=config,
+            model_folder=model_folder,
+            model_name=model_name,
+            threads=0,
+            address="",
+            pool_address="",
+            controller_address=controller_address,
+            launcher_address=self.address,
+            epoch=epoch,
+            key=self.key,
+            place=place,
+        )
 
     def start_instances(self, template: InstanceSpec, roles: list[Role], host: str | None, suffix: str = "") -> None:
         """One for each role, like `template`, named by role and number."""

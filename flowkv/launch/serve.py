@@ -7,13 +7,11 @@ from pathlib import Path
 from flowkv.auth import KEY_VARIABLE, ClusterKey, read_key
 from flowkv.cluster.service import ControllerSpec, run_controller
 from flowkv.config import ClusterConfig, with_overrides
-from flowkv.engine.process import InstanceSpec
 from flowkv.errors import ConfigError
 from flowkv.launch.addresses import check_local, resolve_endpoint
 from flowkv.launch.model import model_name, resolve_model
 from flowkv.launch.node import Display, Node, running_node
 from flowkv.server.process import run_frontend
-from flowkv.types import Role
 from flowkv.wire import tcp_address
 
 CONTROLLER, FRONTEND = "controller", "frontend"
@@ -72,7 +70,10 @@ class _Cluster:
         children.start(FRONTEND, light, run_frontend, *self._frontend_arguments())
         while not self._node.children.are_ready:
             self._node.wait()
-        self._node.start_instances(self._instance_template(), self._config.roles, self._host)
+        template = self._node.instance_template(
+            self._config, self._folder, self._model_name, self._controller_address, self._epoch
+        )
+        self._node.start_instances(template, self._config.roles, self._host)
 
     def _controller_spec(self) -> ControllerSpec:
         """Other nodes look for the model at the same path, unless they are told another."""
@@ -95,22 +96,6 @@ class _Cluster:
         folder = None if self._folder is None else str(self._folder)
         model = (folder, self._model_name, server.max_body_bytes)
         return (server.host, server.port, *addresses, FRONTEND, *model, self._node.key)
-
-    def _instance_template(self) -> InstanceSpec:
-        return InstanceSpec(
-            name="",
-            role=Role.MIXED,
-            config=self._config,
-            model_folder=self._folder,
-            model_name=self._model_name,
-            threads=0,
-            address="",
-            pool_address="",
-            controller_address=self._controller_address,
-            launcher_address=self._node.address,
-            epoch=self._epoch,
-            key=self._node.key,
-        )
 
     def _description(self) -> str:
         roles = self._config.roles
