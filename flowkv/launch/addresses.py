@@ -1,14 +1,13 @@
 """Addresses of nodes: what people give, as numbers, and checked before anything starts."""
 
 import errno
-import hashlib
 import ipaddress
 import itertools
 import socket
-from pathlib import Path
 
 from flowkv.config import parse_endpoint
 from flowkv.errors import ConfigError
+from flowkv.transfer.select import boot_and_namespaces, digest
 
 
 def resolve_endpoint(text: str) -> tuple[str, int]:
@@ -55,10 +54,9 @@ def take_place(controller_address: str) -> tuple[socket.socket, str]:
     kernel frees with the last process that has the socket, however that ends. Its number comes after what tells one
     network namespace from all others: of this boot of this machine.
     """
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    seed = f"{boot} {Path('/proc/self/ns/net').readlink()} {controller_address}"
+    prefix = f"flowkv-{digest(boot_and_namespaces('net'), controller_address)}"
     for number in itertools.count():
-        name = f"flowkv-{hashlib.sha256(seed.encode()).hexdigest()[:16]}-{number}"
+        name = f"{prefix}-{number}"
         place = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             place.bind(f"\0{name}")

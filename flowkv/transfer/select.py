@@ -18,9 +18,17 @@ from flowkv.types import PoolDescriptor
 def node_identity() -> str:
     """Equal for two processes exactly when either can reach the other's Unix sockets, and so map its pool: the same
     boot of a machine, the same view of its files and its network, the same user."""
+    return digest(boot_and_namespaces("mnt", "net"), str(os.getuid()))
+
+
+def boot_and_namespaces(*kinds: str) -> str:
+    """This boot of this machine, and the namespaces of those kinds that this process is in."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    views = [str(Path(f"/proc/self/ns/{kind}").readlink()) for kind in ("mnt", "net")]
-    return hashlib.sha256(" ".join([boot, *views, str(os.getuid())]).encode()).hexdigest()[:16]
+    return " ".join([boot, *(str(Path(f"/proc/self/ns/{kind}").readlink()) for kind in kinds)])
+
+
+def digest(*parts: str) -> str:
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
 def open_transfer(
