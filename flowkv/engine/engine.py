@@ -35,7 +35,7 @@ from flowkv.messages import (
     Reserve,
     Reserved,
 )
-from flowkv.transfer.backends import NIXL
+from flowkv.transfer.backends import may_outlive_writer
 from flowkv.transfer.base import Arrived, Linked, Written
 from flowkv.types import NO_TOKEN, FinishReason, InstanceCounters, InstanceLoad, Output, Role, TokenLogprobs
 
@@ -285,7 +285,7 @@ class Engine:
         backend, may_linger = self._sender.links.backend(name), False
         if (peer := self._peers.down(name)) is not None:
             self._effects.append(Disconnect(peer))
-            may_linger = backend == NIXL or (backend is None and NIXL in peer.pool.endpoints)
+            may_linger = may_outlive_writer(backend, peer.pool)
         self._sender.on_peer_down(name)
         self._receiver.on_peer_down(name, may_linger)
 

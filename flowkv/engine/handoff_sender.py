@@ -8,10 +8,10 @@
     free blocks            <----------   Release, start decoding       READY
 
 Every block has one owner. P's blocks are P's until `Release`. D's blocks are nobody's to reuse from `Reserved` until
-D owns the request, or P has said `CancelAck` (its writes have drained), or P is known to be dead (over a
-network: and a lease has passed, for what that still carries). Either side may give up at any time: D by `Cancel`, P by
-going straight to `CancelAck`. But once `KvReady` is out D may own the request, so P
-goes elsewhere only after `Cancel` or D's death; if D is silent P says so to the controller, who ends the request.
+D owns the request, or P has said `CancelAck` (its writes have drained), or P is known to be dead (over a network: and a
+lease has passed, for what that still carries). Either side may give up at any time: D by `Cancel`, P by going straight
+to `CancelAck`. But once `KvReady` is out D may own the request, so P goes elsewhere only after `Cancel` or D's death;
+if D is silent P says so to the controller, who ends the request.
 
 Messages may be lost, doubled or late. A beat is a third of a lease (`leases`).
 

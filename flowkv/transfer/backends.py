@@ -22,3 +22,11 @@ def choose_backend(mine: PoolDescriptor, theirs: PoolDescriptor, forced: str) ->
                 "pip install 'flowkv[nixl]' on each of them, and flowkv serve --listen"
             )
     return wanted
+
+
+def may_outlive_writer(backend: str | None, pool: PoolDescriptor) -> bool:
+    """Whether bytes written by a process may land after its death: those that a network still carries.
+
+    `backend` is that of the link with the owner of `pool`, None where this side has not seen it come up.
+    """
+    return backend == NIXL or (backend is None and NIXL in pool.endpoints)
