@@ -12,7 +12,10 @@ from flowkv.types import Role
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKENDS = ("auto", "shm", "nixl")
+ROLE_POLICIES = ("flexible", "fixed")
+POLICIES = ("predicted_latency", "least_loaded")
 DEFAULT_LISTEN_PORT = 8100
+_STEP_FRACTION = 0.95
 DEVICES = ("cpu",)  # more as their kernels come
 
 
@@ -23,6 +26,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_memory: str | int = "auto"  # of one pool: "512MiB", "4GiB", a number of bytes, or "auto"
     max_batch_tokens: int = 512  # prompt tokens computed in one step, at most
     max_choices: int = 256  # decoded at once
+    max_repeats: int = (
+        1  # steps that only decode, computed at a stretch; more save overhead and make tokens come in bursts
+    )
     max_segments: int = 0  # of a reservation: others' blocks are moved to make room for it; 0: none ever are
     threads: int = 0  # 0: the cores there are but one, shared out between the instances
     check_integrity: bool = False  # after every step, that each block has exactly the holders it should; for tests
@@ -34,6 +40,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError("engine.max_batch_tokens holds at least one block")
         if self.max_choices < 1:
             raise ValueError("engine.max_choices is at least 1")
+        if self.max_repeats < 1:
+            raise ValueError("engine.max_repeats is at least 1")
         if self.max_segments < 0:
             raise ValueError("engine.max_segments is a number of segments, or 0 to move nothing")
         if self.threads < 0:
@@ -46,6 +54,82 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             return self.max_batch_tokens
         share = 2 if role is Role.MIXED else 4
         return max(self.block_size, self.max_batch_tokens // share)
+
+
+class SloConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a request is promised, in seconds; None promises nothing.
+
+    With a bound on TPOT every step that decodes is kept as short as that: chunks of prompts shrink to what fits. With
+    `admission` a request that cannot be answered within the SLO wherever it is placed is refused (429, Retry-After)
+    rather than queued.
+    """
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    admission: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("ttft_s", self.ttft_s), ("tpot_s", self.tpot_s)):
+            if value is not None and not 1e-6 <= value <= 1e6:
+                raise ValueError(f"slo.{name} is a positive number of seconds, not {value}")
+        if self.admission and self.ttft_s is None:
+            raise ValueError("slo.admission needs slo.ttft_s, the bound that it predicts")
+
+    @property
+    def max_step_s(self) -> float | None:
+        """What a step that decodes may be predicted to take: a little less, since it takes that only on average."""
+        return None if self.tpot_s is None else _STEP_FRACTION * self.tpot_s
+
+
+class SchedulingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the controller places requests and sets roles.
+
+    `roles` "flexible": any instance may get either phase of a request if that is best, and roles follow the load.
+    "fixed": prompts go to prefill instances and decodes to decode instances, and roles stay as they were started.
+    """
+
+    roles: str = "flexible"
+    policy: str = "predicted_latency"  # of placement, or "least_loaded"
+    kv_budget: float = (
+        0.0  # requests are refused (429) that would bring the KV of all to so many times the pools; 0: none
+    )
+    interval_s: float = 0.5  # between two looks at the whole cluster
+    dwell_s: float = 5.0  # an instance keeps a role at least so long
+    min_instances: int = 0  # the controller retires instances down to so many; 0: it retires none
+    max_instances: int = 0  # the controller starts instances up to so many; 0: it starts none
+
+    def __post_init__(self) -> None:
+        if self.roles not in ROLE_POLICIES:
+            raise ValueError(f"scheduling.roles is one of {', '.join(ROLE_POLICIES)}, not {self.roles!r}")
+        if self.policy not in POLICIES:
+            raise ValueError(f"scheduling.policy is one of {', '.join(POLICIES)}, not {self.policy!r}")
+        if self.kv_budget < 0:
+            raise ValueError("scheduling.kv_budget is a number of times the KV pools, or 0")
+        if not 0.01 <= self.interval_s <= 3600 or not 0 <= self.dwell_s <= 3600:
+            raise ValueError("scheduling.interval_s and scheduling.dwell_s are numbers of seconds up to 3600")
+        if min(self.min_instances, self.max_instances) < 0:
+            raise ValueError("scheduling.min_instances and scheduling.max_instances are numbers of instances, or 0")
+        if self.max_instances and self.min_instances > self.max_instances:
+            raise ValueError("scheduling.min_instances is at most scheduling.max_instances")
+
+
+class SimulateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `flowkv simulate` and `flowkv plan` need beyond the cluster; `flowkv serve` does not look at it.
+
+    `cost` names what each instance runs on: `MODEL/HARDWARE` as in `flowkv simulate --list`, or a file that
+    `flowkv profile` has written; one for all, or one for each instance in the order prefill, decode, mixed.
+    """
+
+    cost: str | list[str] = "llama-3.1-8b/h100"
+    noise_fraction: float = 0.02  # standard deviation of a step's seconds about the cost model's
+    message_s: float = 0.0002  # from one process to another
+    link_bytes_per_s: float = 50e9  # of each instance, each way
+    call_s: float = 3.5e-5  # of one call that moves a run
+    start_s: float = 30.0  # until an instance that is added serves
+
+    def __post_init__(self) -> None:
+        if min(self.noise_fraction, self.message_s, self.call_s, self.start_s) < 0 or self.link_bytes_per_s <= 0:
+            raise ValueError("simulate: fractions and seconds are not negative, and a link moves something")
 
 
 class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -106,6 +190,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     server: ServerConfig = msgspec.field(default_factory=ServerConfig)
     transfer: TransferConfig = msgspec.field(default_factory=TransferConfig)
     network: NetworkConfig = msgspec.field(default_factory=NetworkConfig)
+    slo: SloConfig = msgspec.field(default_factory=SloConfig)
+    scheduling: SchedulingConfig = msgspec.field(default_factory=SchedulingConfig)
+    simulate: SimulateConfig = msgspec.field(default_factory=SimulateConfig)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -18,9 +18,12 @@ from flowkv.types import (
     ModelInfo,
     Output,
     PoolDescriptor,
+    Regime,
     Request,
     Role,
 )
+
+RESTART_MARK = "~"  # in the name of an instance that takes the place of one that ended: decode-0, then decode-0~1
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -69,29 +72,40 @@ class Register(Message):
     max_choices: int  # decoded at once
     version: str  # of FlowKV
     epoch: str  # of the cluster: from the controller that this instance was started for
+    max_batch_tokens: int = 512  # prompt tokens computed in one step, at most
 
 
 class StepSample(Message):
-    """What one step did and how long it took; the controller's cost model learns from these."""
+    """What `num_steps` consecutive steps did together and how long they took; the controller's cost model learns from
+    these. Steps with prefill come one by one; steps that only decode, with the same choices in each, come as their sum.
+
+    `prefill_pairs` counts pairs of a prompt token and a position that it attends to: `n` tokens from position `start`
+    on make `n * start + n * (n + 1) / 2`.
+    """
 
     prefill_tokens: int
+    prefill_pairs: int
     decode_choices: int
-    context_tokens: int  # KV slots read, over all items
+    decode_context_tokens: int  # KV slots read by decodes
     seconds: float
+    num_steps: int = 1
 
 
 class LoadReport(Message):
-    """Sent after steps that changed something, and when idle at a slow beat."""
+    """Sent at once when a request came, moved or ended, and otherwise at a slow beat."""
 
     instance: str
     sequence: int  # of the last Dispatch that is counted in `load`
+    role: Role  # by which the last step was put together: the proof that a `SetRole` took effect
     load: InstanceLoad
     counters: InstanceCounters
     steps: list[StepSample]
-    finished: list[str]  # requests that this instance answered to the end
+    finished: list[tuple[str, int]]  # requests that this instance answered to the end, with their output tokens
     handed_over: list[tuple[str, str]] = []  # (request id, instance that now owns it)
-    links: list[LinkStatus] = []  # every link that is up
+    returned: list[str] = []  # requests not begun that this instance gives back to be placed again
+    links: list[LinkStatus] = []  # those that came up or moved something since the last report
     unanswered: list[tuple[str, str]] = []  # (request id, instance that may own it but has been silent for a lease)
+    is_drained: bool = False  # after `Drain`: nothing is left here
 
 
 class InstanceExited(Message):
@@ -143,6 +157,16 @@ class Dispatch(Message):
     attempt: int
     frontend_address: str
     decode_instances: list[str]
+
+
+class SetRole(Message):
+    """Take this role from the next step on. What runs goes on; prompts not begun may be given back (`returned`)."""
+
+    role: Role
+
+
+class Drain(Message):
+    """Give back what has not begun, finish the rest, and say so (`LoadReport.is_drained`): the instance is to end."""
 
 
 class Registered(Message):
@@ -276,6 +300,7 @@ class Rejected(Message):
     message: str
     code: str | None = None
     param: str | None = None
+    retry_after_s: float | None = None  # when there may be room again
 
 
 class Outputs(Message):
@@ -292,6 +317,9 @@ class ClusterStatus(Message):
     model: ModelInfo | None
     max_request_tokens: int  # the most that one request may hold: context length or largest pool
     instances: list[InstanceStatus]
+    regime: Regime = Regime.NORMAL
+    num_flips: int = 0  # of roles, by the controller
+    num_refused: int = 0  # requests that admission turned away
 
 
 # --- to the launcher -----------------------------------------------------------------------------------------------
@@ -323,6 +351,18 @@ class Note(Message):
     """Something for the user to see."""
 
     text: str
+
+
+class StartInstance(Message):
+    """The controller wants one instance more, of this role. It registers like any other."""
+
+    role: Role
+
+
+class StopInstance(Message):
+    """This instance holds nothing any more: end it, and do not start another. Answered by `InstanceExited`."""
+
+    instance: str
 
 
 # --- to the launcher of a joined node ------------------------------------------------------------------------------
@@ -365,6 +405,8 @@ AnyMessage = (
     | NodeBeat
     | Leave
     | Dispatch
+    | SetRole
+    | Drain
     | Registered
     | RegistrationRefused
     | PeerUp
@@ -386,6 +428,8 @@ AnyMessage = (
     | Ready
     | StartFailed
     | Note
+    | StartInstance
+    | StopInstance
     | Welcome
     | ControllerBeat
     | Dismissed

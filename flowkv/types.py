@@ -1,10 +1,12 @@
 """Words shared by every part: roles, finish reasons, requests and what comes out of them. No behaviour beyond them."""
 
+from collections.abc import Sequence
 from enum import StrEnum
 
 import msgspec
 
 NO_TOKEN = -1  # drawn where there is nothing to draw from
+DEFERRED = 2**31  # added to the priority of a request that will be late anyway, so that it makes no other late
 
 
 class Role(StrEnum):
@@ -13,6 +15,15 @@ class Role(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     MIXED = "mixed"
+
+
+class Regime(StrEnum):
+    """What the cluster's load asks of its controller (FlowKV, Algorithm 1)."""
+
+    NORMAL = "normal"
+    IMBALANCED = "imbalanced"  # one phase waits while the other has slack: roles are flipped
+    OVERLOADED = "overloaded"  # both phases wait: requests are refused, instances are added
+    UNDERLOADED = "underloaded"  # fewer instances would do
 
 
 class FinishReason(StrEnum):
@@ -56,11 +67,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """One prompt and how to continue it. Any instance can run it from this alone."""
+    """One prompt and how to continue it. Any instance can run it from this alone.
+
+    Among requests that wait, those of a lower `priority` go first; equal ones in the order of their arrival.
+    """
 
     request_id: str
-    prompt_ids: list[int]
+    prompt_ids: Sequence[int]
     sampling: SamplingParams
+    priority: int = 0
+
+    @property
+    def is_deferred(self) -> bool:
+        return self.priority >= DEFERRED // 2
 
     @property
     def max_total_tokens(self) -> int:
@@ -132,11 +151,16 @@ class InstanceLoad(msgspec.Struct, frozen=True, kw_only=True):
     """An instance's own count of what it holds at one moment."""
 
     num_waiting: int = 0  # requests whose prefill has not started, preempted ones included
+    num_preempted: int = 0  # of the waiting: those whose blocks were taken
     num_prefilling: int = 0
     num_decoding: int = 0  # choices in the decode queue
     num_sending: int = 0  # prefilled here, blocks held until the decode instance has them
     num_receiving: int = 0  # reserved here, not yet ready
-    waiting_tokens: int = 0  # prompt tokens still to be computed
+    waiting_tokens: int = 0  # prompt tokens still to be computed, before those of a new request
+    waiting_pairs: int = 0  # of these tokens and the positions that they attend to
+    deferred_tokens: int = 0  # of requests that wait and let all others pass; not counted in the two above
+    deferred_pairs: int = 0
+    decode_context_tokens: int = 0  # KV slots that one step of the decode queue reads
     free_blocks: int = 0
     used_blocks: int = 0
     reserved_blocks: int = 0  # of the used: being filled by a peer
@@ -174,3 +198,5 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     counters: InstanceCounters
     links: list[LinkStatus] = []
     is_stalled: bool = False  # nothing has been heard of it for too long; it gets no requests
+    is_draining: bool = False  # it finishes what it has and then ends; it gets no requests
+    num_flips: int = 0  # of its role, since it registered
