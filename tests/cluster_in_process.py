@@ -15,7 +15,7 @@ from functools import partial
 
 from flowkv import __version__
 from flowkv.cluster.controller import Controller
-from flowkv.config import EngineConfig
+from flowkv.config import EngineConfig, SchedulingConfig
 from flowkv.engine.batch import Batch, Runner
 from flowkv.engine.effects import CancelWrite, Connect, Disconnect, Effect, Expect, Forget, MoveBlocks, Send, Write
 from flowkv.engine.engine import Engine
@@ -134,13 +134,15 @@ class Cluster:
         make_runner: RunnerFactory = ToyRunner,
         settled: bool = True,
         faults: Faults | None = None,
+        scheduling: SchedulingConfig | None = None,
     ) -> None:
         self.config = config or EngineConfig(block_size=4, max_batch_tokens=16, max_choices=8)
         self.random = None if seed is None else random.Random(seed)
         self.now_s = 0.0
         self.faults: Faults | None = None  # none before everyone knows everyone
         self.late: list[tuple[str, str, Message]] = []  # (sender, receiver, message)
-        self.controller = Controller(len(roles), EPOCH, "local", LEASE_S)
+        scheduling = scheduling or SchedulingConfig(roles="fixed")
+        self.controller = Controller(len(roles), EPOCH, "local", LEASE_S, scheduling=scheduling)
         layout = layout or toy_layout(self.config.block_size)
         self.network: dict[str, LocalTransfer] = {}
         self.nodes: dict[str, Node] = {}

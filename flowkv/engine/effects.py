@@ -1,20 +1,18 @@
 """What an engine wants done; the shell around it (a process, the simulator, a test) does it."""
 
-from dataclasses import dataclass
+import msgspec
 
 from flowkv.kv.blocks import BlockCopy
 from flowkv.messages import Message, PeerInfo
 from flowkv.transfer.plan import Run
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(msgspec.Struct, frozen=True):
     address: str
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
-class Write:
+class Write(msgspec.Struct, frozen=True):
     """Write runs of this instance's blocks into a peer's pool; `Engine.on_written(ticket)` when that is done."""
 
     ticket: int
@@ -23,44 +21,38 @@ class Write:
     immediate: int
 
 
-@dataclass(frozen=True, slots=True)
-class MoveBlocks:
+class MoveBlocks(msgspec.Struct, frozen=True):
     """Copy blocks (source, destination) of this pool now, before any later effect is carried out: no step is under
     way, and whoever reads them will look at the destinations."""
 
     copies: tuple[BlockCopy, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class CancelWrite:
+class CancelWrite(msgspec.Struct, frozen=True):
     """Nobody wants this `Write` any more; `Engine.on_written(ticket)` says when it is over."""
 
     ticket: int
 
 
-@dataclass(frozen=True, slots=True)
-class Expect:
+class Expect(msgspec.Struct, frozen=True):
     """Blocks will arrive under `immediate`. Comes before the message that tells the peer of it."""
 
     immediate: int
 
 
-@dataclass(frozen=True, slots=True)
-class Forget:
+class Forget(msgspec.Struct, frozen=True):
     """No more blocks will arrive under `immediate`."""
 
     immediate: int
 
 
-@dataclass(frozen=True, slots=True)
-class Connect:
+class Connect(msgspec.Struct, frozen=True):
     """Make a link into a peer's pool; `Engine.on_linked` when it is there."""
 
     peer: PeerInfo
 
 
-@dataclass(frozen=True, slots=True)
-class Disconnect:
+class Disconnect(msgspec.Struct, frozen=True):
     peer: PeerInfo
 
 

@@ -4,18 +4,22 @@ A step is two calls: `next_batch` gives what to compute, `on_result` takes what 
 handled; blocks that the batch in flight writes are not given to anyone else before its result is in.
 """
 
+from collections.abc import Sequence
 from itertools import count
 
 from flowkv.config import EngineConfig, TransferConfig
-from flowkv.engine.batch import Batch, BatchItem, BatchResult, ItemResult
+from flowkv.engine.batch import Batch, BatchResult
 from flowkv.engine.effects import Connect, Disconnect, Effect, MoveBlocks, Send
 from flowkv.engine.handoff_receiver import HandoffReceiver, Incoming
 from flowkv.engine.handoff_sender import HandoffSender
 from flowkv.engine.leases import LeaseClock
+from flowkv.engine.orders import Orders
 from flowkv.engine.peers import Peers
+from flowkv.engine.repeat import foreseen_steps
 from flowkv.engine.report import Reporter, State
-from flowkv.engine.scheduler import HybridScheduler
-from flowkv.engine.sequence import Sequence
+from flowkv.engine.requests import Requests
+from flowkv.engine.results import Results
+from flowkv.engine.scheduler import HybridScheduler, Step
 from flowkv.errors import ProtocolError
 from flowkv.kv.blocks import BlockManager
 from flowkv.messages import (
@@ -23,6 +27,7 @@ from flowkv.messages import (
     Cancel,
     CancelAck,
     Dispatch,
+    Drain,
     KvReady,
     Message,
     Outputs,
@@ -34,14 +39,22 @@ from flowkv.messages import (
     Renewed,
     Reserve,
     Reserved,
+    SetRole,
 )
 from flowkv.transfer.backends import may_outlive_writer
 from flowkv.transfer.base import Arrived, Linked, Written
-from flowkv.types import NO_TOKEN, FinishReason, InstanceCounters, InstanceLoad, Output, Role, TokenLogprobs
+from flowkv.types import InstanceCounters, InstanceLoad, Role
+
+_LEASE_MARGIN = 0.999  # of a stretch of steps within a lease: sums of seconds are rounded
+_STEPS_MARGIN = 1.1  # steps planned for as many as there will be
+_SHORTEST_STEP_S = 1e-6
 
 
 class Engine:
-    """The requests, the blocks and the handoffs of one instance."""
+    """The requests, the blocks and the handoffs of one instance.
+
+    With `max_itl_s` prompts share a step with decodes only as far as that keeps it so short (`HybridScheduler`).
+    """
 
     def __init__(
         self,
@@ -51,24 +64,30 @@ class Engine:
         role: Role,
         controller_address: str,
         lease_s: float = TransferConfig().lease_s,
+        max_itl_s: float | None = None,
     ) -> None:
         self.name = name
         self.blocks = BlockManager(num_blocks, config.block_size)
-        self.scheduler = HybridScheduler(config, self.blocks, role)
+        self.scheduler = HybridScheduler(config, self.blocks, role, max_itl_s)
         self._config = config
         self._effects: list[Effect] = []
         self._peers = Peers()
-        self._sequences: dict[str, list[Sequence]] = {}  # in the scheduler's queues, by request
-        self._arrivals = count()
         self._batch_ids = count(1)
         self._in_flight: Batch | None = None
-        self._limbo: list[Sequence] = []  # over, but their blocks are still being written or read
+        self._began_s = 0.0  # the batch in flight
+        self._last_step_s = 0.0  # how long it took
         self._held_reserves: list[Reserve] = []  # until the step in flight is over
-        self._reporter = Reporter(name, controller_address)
+        self._has_drained = False  # and was said to have
+        self._reporter = Reporter(name, controller_address, None if max_itl_s is None else self.scheduler.cost)
         self._clock = LeaseClock(lease_s)
+        self._requests = Requests(self.blocks, self.scheduler, self._reporter)
         send, emit = self._send_peer, self._effects.append
-        self._sender = HandoffSender(name, config.block_size, self._clock, send, emit, self._decode_here)
+        self._sender = HandoffSender(name, config.block_size, self._clock, send, emit, self._requests.decode)
         self._receiver = HandoffReceiver(name, self.blocks, self._clock, send, emit, self._adopt)
+        self._results = Results(self._requests, self._sender)
+        self._orders = Orders(
+            name, self.scheduler, self._requests, self._sender, self._receiver, self._reporter, emit
+        )  # fmt: skip
         self.scheduler.is_pinned = self._sender.is_pinned
         if config.max_segments:
             self._receiver.allocate = self._allocate_together
@@ -79,13 +98,18 @@ class Engine:
         """One message. ProtocolError for one that no instance should ever get."""
         match message:
             case Dispatch():
-                self._on_dispatch(message)
+                self._orders.on_dispatch(message)
             case Abort():
-                self._on_abort(message)
+                self._orders.on_abort(message)
+                self._requests.sweep(self._in_flight)
             case Reserve() | KvReady() | Renew() | CancelAck():
                 self._hear_source(message)
             case Reserved() | Refused() | Renewed() | Release() | Cancel():
                 self._hear_receiver(message)
+            case SetRole():
+                self._orders.on_set_role(message)
+            case Drain():
+                self._orders.on_drain()
             case PeerUp():
                 self._on_peer_up(message)
             case PeerDown():
@@ -105,7 +129,7 @@ class Engine:
     def on_written(self, written: Written, now_s: float) -> None:
         """A `Write` effect is done: its source blocks are no longer read."""
         self._sender.on_written(written)
-        self._sweep()
+        self._requests.sweep(self._in_flight)
         self._report(now_s)
 
     def on_arrived(self, arrived: Arrived, now_s: float) -> None:
@@ -113,41 +137,90 @@ class Engine:
         self._receiver.on_arrived(arrived)
         self._report(now_s)
 
-    def next_batch(self, now_s: float) -> Batch | None:
-        """What to compute now, or None if there is nothing to do before the next message."""
+    def tick(self, now_s: float) -> None:
+        """Called between steps, and at a slow beat while idle, when all messages and completions have been handled."""
+        self._pass_time(now_s)
+        self._report(now_s)
+
+    # --- steps -----------------------------------------------------------------------------------------------------
+
+    def next_batch(self, now_s: float, max_repeats: int = 1) -> Batch | None:
+        """What to compute now, or None if there is nothing to do before the next message.
+
+        At most `max_repeats` steps at a stretch (`Batch.num_repeats`), more than one only where nothing but a message,
+        a completion or the next report can come between: then all is as after that many single steps, but for the
+        number of `Outputs`.
+        """
         assert self._in_flight is None, "the result of the last batch is not in yet"
-        items, copies = self.scheduler.schedule()
-        if not items:
+        step = self.scheduler.schedule()
+        if not step.items:
             self._break_standstill()
             return None
-        for item in items:
-            if item.start == 0:
-                self._sender.start(item.sequence)
-        self._in_flight = Batch(next(self._batch_ids), tuple(items), tuple(copies))
+        for sequence in step.begun:
+            self._sender.start(sequence)
+        num_repeats, until_s = 1, self._reporter.due_s
+        if max_repeats > 1 and self._may_repeat(step):
+            until_s = min(until_s, now_s + _LEASE_MARGIN * self._receiver.quiet_s)
+            num_repeats = self._take_steps(step, min(max_repeats, self._steps_within(until_s - now_s)))
+        self._began_s = now_s
+        self._in_flight = Batch(next(self._batch_ids), tuple(step.items), tuple(step.copies), num_repeats, until_s)
         return self._in_flight
 
     def on_result(self, result: BatchResult, seconds: float, now_s: float) -> None:
-        """Apply a step that took `seconds`: advance sequences, put tokens out, free what has finished."""
+        """Apply a batch that took `seconds`: advance sequences, put tokens out, free what has finished."""
         batch, self._in_flight = self._in_flight, None
-        assert batch is not None and batch.batch_id == result.batch_id
-        outputs: dict[str, list[Output]] = {}
-        for item, item_result in zip(batch.items, result.items, strict=True):
-            if item.sequence not in self._limbo:
-                self._apply(item, item_result, outputs, now_s)
-        for address, items in outputs.items():
-            self._effects.append(Send(address, Outputs(self.name, items)))
-        self._sweep()
+        assert batch is not None and batch.batch_id == result.batch_id and 1 <= result.num_steps <= batch.num_repeats
+        step_seconds = result.step_seconds or [seconds / result.num_steps] * result.num_steps
+        self._catch_up(step_seconds)
+        for address, outputs in self._results.apply(batch, result, now_s).items():
+            self._effects.append(Send(address, Outputs(self.name, outputs)))
+        if result.num_steps < batch.num_repeats:
+            self._give_steps_back(batch)
+        self._requests.sweep(None)
         self._answer_held()
-        self._clock.stepped(seconds)
-        self._reporter.add_step(batch, result, seconds)
+        self._reporter.add_steps(batch, result, step_seconds)
         self._report(now_s)
 
-    def tick(self, now_s: float) -> None:
-        """Called between steps, and at a slow beat while idle, when all messages and completions have been handled."""
+    def _may_repeat(self, step: Step) -> bool:
+        """Whether the next steps are sure to be as this one, and nothing that time may end is under way."""
+        scheduler = self.scheduler
+        is_steady = not step.num_prefills and not step.num_preempted and len(step.items) == len(scheduler.decoding)
+        is_busy = scheduler.prefilling or self._requests.has_limbo or self._held_reserves
+        return is_steady and not is_busy and self._sender.is_quiet and self._receiver.quiet_s > 0
+
+    def _steps_within(self, seconds: float) -> int:
+        """How many steps will be made in that time, going by the last one: rather too many than too few."""
+        return 1 + int(_STEPS_MARGIN * max(0.0, seconds) / max(self._last_step_s, _SHORTEST_STEP_S))
+
+    def _take_steps(self, step: Step, most: int) -> int:
+        """Blocks for as many steps as can be foreseen; how many these are."""
+        num_steps = foreseen_steps(step.items, most)
+        tables = [item.sequence.block_table for item in step.items]
+        return self.blocks.grow(tables, [item.start for item in step.items], num_steps)
+
+    def _give_steps_back(self, batch: Batch) -> None:
+        """The blocks of steps that were not made."""
+        running = [item.sequence for item in batch.items if not item.sequence.is_over]
+        lengths = [self.blocks.num_blocks_for(sequence.num_computed) for sequence in running]
+        self.blocks.shrink([sequence.block_table for sequence in running], lengths)
+
+    def _catch_up(self, step_seconds: Sequence[float]) -> None:
+        """The time of the batch has passed, and nobody has ticked between its steps: each ages the reservations."""
+        now_s = self._began_s
+        for seconds in step_seconds[:-1]:
+            now_s += seconds
+            self._clock.stepped(seconds)
+            if self._receiver.has_incoming:
+                self._pass_time(now_s)
+        if len(step_seconds) > 1:
+            self._pass_time(now_s)
+        self._last_step_s = step_seconds[-1]
+        self._clock.stepped(self._last_step_s)
+
+    def _pass_time(self, now_s: float) -> None:
         elapsed_s = self._clock.elapsed_s(now_s)
         self._sender.tick(elapsed_s)
         self._receiver.tick(elapsed_s)
-        self._report(now_s)
 
     # --- out -------------------------------------------------------------------------------------------------------
 
@@ -163,21 +236,25 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """Nothing is queued, held, sent or received."""
-        return (
-            not (self.has_work or self._limbo or self._held_reserves or self._receiver.incoming)
-            and self._sender.is_idle
-        )
+        is_held = self._requests.has_limbo or self._held_reserves or self._receiver.has_incoming
+        return not (self.has_work or is_held) and self._sender.is_idle
 
     @property
     def load(self) -> InstanceLoad:
         scheduler = self.scheduler
+        queued, deferred = scheduler.queued_prompts(), scheduler.deferred_prompts()
         return InstanceLoad(
             num_waiting=len(scheduler.waiting),
+            num_preempted=scheduler.num_waiting_preempted,
             num_prefilling=len(scheduler.prefilling),
             num_decoding=len(scheduler.decoding),
             num_sending=self._sender.num_sending,
-            num_receiving=len(self._receiver.incoming),
-            waiting_tokens=scheduler.waiting_tokens,
+            num_receiving=self._receiver.num_incoming,
+            waiting_tokens=queued.num_tokens,
+            waiting_pairs=queued.num_pairs,
+            deferred_tokens=deferred.num_tokens,
+            deferred_pairs=deferred.num_pairs,
+            decode_context_tokens=scheduler.decode_context_tokens,
             free_blocks=self.blocks.num_free,
             used_blocks=self.blocks.num_blocks - self.blocks.num_free,
             reserved_blocks=self._receiver.num_reserved_blocks,
@@ -192,50 +269,27 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every used block is held by exactly the tables that this instance knows."""
-        held = [s.block_table for sequences in self._sequences.values() for s in sequences]
-        held += [s.block_table for s in [*self._limbo, *self._sender.sending]]
+        held = self._requests.block_tables
+        held += [sequence.block_table for sequence in self._sender.sending]
         held += [incoming.block_table for incoming in self._receiver.incoming]
         self.blocks.check_integrity(held)
 
-    # --- requests --------------------------------------------------------------------------------------------------
+    # --- peers -----------------------------------------------------------------------------------------------------
 
-    def _on_dispatch(self, message: Dispatch) -> None:
-        request = message.request
-        self._reporter.dispatch_sequence = message.sequence
-        if self.blocks.num_blocks_for(request.max_total_tokens) > self.blocks.num_blocks:
-            self._fail(message, f"the request may need more than the {self.blocks.num_blocks} blocks of {self.name}")
+    def _on_peer_up(self, message: PeerUp) -> None:
+        if self._peers.is_dead(message.peer.instance):
             return
-        sequence = Sequence(
-            request, message.attempt, message.frontend_address, next(self._arrivals), num_choices=request.sampling.n
-        )
-        self._sequences[request.request_id] = [sequence]
-        self.scheduler.add(sequence)
-        if message.decode_instances:
-            self._sender.expect(sequence, list(message.decode_instances))
+        self._effects.append(Connect(message.peer))
+        self._effects += self._peers.up(message.peer)
 
-    def _fail(self, message: Dispatch, reason: str) -> None:
-        request_id = message.request.request_id
-        outputs = [
-            Output(request_id, choice, message.attempt, 0, [], FinishReason.ERROR, error=reason)
-            for choice in range(message.request.sampling.n)
-        ]
-        self._effects.append(Send(message.frontend_address, Outputs(self.name, outputs)))
-        self._reporter.finished.append(request_id)
-
-    def _on_abort(self, message: Abort) -> None:
-        request_id = message.request_id
-        self._receiver.abort(request_id, message.choice)
-        if message.choice is None:
-            held = self._sender.give_up(request_id)
-        else:
-            held = self._sender.drop_choice(request_id, message.choice)
-        if held is not None:
-            self._limbo.append(held)
-            self._reporter.finished.append(request_id)
-        for sequence in list(self._sequences.get(request_id, ())):
-            if message.choice is None or (sequence.num_choices == 1 and sequence.choice == message.choice):
-                self._retire(sequence)
-        self._sweep()
+    def _on_peer_down(self, message: PeerDown) -> None:
+        name = message.instance
+        backend, may_linger = self._sender.links.backend(name), False
+        if (peer := self._peers.down(name)) is not None:
+            self._effects.append(Disconnect(peer))
+            may_linger = may_outlive_writer(backend, peer.pool)
+        self._sender.on_peer_down(name)
+        self._receiver.on_peer_down(name, may_linger)
 
     def _hear_source(self, message: Reserve | KvReady | Renew | CancelAck) -> None:
         match message:
@@ -270,85 +324,14 @@ class Engine:
     def _on_release(self, message: Release) -> None:
         sequence = self._sender.on_release(message)
         if sequence is not None:
-            self._limbo.append(sequence)
-            self._reporter.handed_over.append((message.request_id, message.instance))
-            self._sweep()
-
-    def _on_peer_up(self, message: PeerUp) -> None:
-        if self._peers.is_dead(message.peer.instance):
-            return
-        self._effects.append(Connect(message.peer))
-        self._effects += self._peers.up(message.peer)
-
-    def _on_peer_down(self, message: PeerDown) -> None:
-        name = message.instance
-        backend, may_linger = self._sender.links.backend(name), False
-        if (peer := self._peers.down(name)) is not None:
-            self._effects.append(Disconnect(peer))
-            may_linger = may_outlive_writer(backend, peer.pool)
-        self._sender.on_peer_down(name)
-        self._receiver.on_peer_down(name, may_linger)
+            self._requests.hold(sequence)
+            self._reporter.handed_over(message.request_id, message.instance)
+            self._requests.sweep(self._in_flight)
 
     def _adopt(self, incoming: Incoming) -> None:
-        """A request whose prompt was computed elsewhere is ours, with its blocks.
-
-        The controller hears it from both sides: either may die, or be stopped, before it could say so.
-        """
-        reserve = incoming.reserve
-        self._reporter.handed_over.append((reserve.request.request_id, self.name))
-        sequence = Sequence(
-            reserve.request,
-            reserve.request_attempt,
-            reserve.frontend_address,
-            next(self._arrivals),
-            num_computed=len(reserve.request.prompt_ids),
-            block_table=incoming.block_table,
-        )
-        self._decode_here(sequence, incoming.choices)
-
-    def _decode_here(self, root: Sequence, choices: dict[int, list[int]]) -> None:
-        """Fork a computed prompt into the choices that run on; `root` gives its blocks up to them."""
-        request_id = root.request.request_id
-        forks = []
-        for choice, output_ids in choices.items():
-            fork = Sequence(
-                root.request,
-                root.attempt,
-                root.frontend_address,
-                root.arrival,
-                choice=choice,
-                output_ids=list(output_ids),
-                num_computed=root.num_computed,
-                block_table=self.blocks.fork(root.block_table),
-            )
-            self.scheduler.start_decoding(fork)
-            forks.append(fork)
-        self.blocks.free(root.block_table)
-        if forks:
-            self._sequences[request_id] = forks
-        else:
-            self._reporter.finished.append(request_id)
-
-    def _retire(self, sequence: Sequence) -> None:
-        """Out of the queues; its blocks go once nobody writes or reads them."""
-        request_id = sequence.request.request_id
-        self.scheduler.remove(sequence)
-        self._limbo.append(sequence)
-        self._sequences[request_id].remove(sequence)
-        if not self._sequences[request_id]:
-            del self._sequences[request_id]
-            self._reporter.finished.append(request_id)
-
-    def _sweep(self) -> None:
-        """Free the blocks of what is over and no longer in use."""
-        if not self._limbo:
-            return
-        computing = {id(item.sequence) for item in self._in_flight.items} if self._in_flight else set()
-        waiting = [s for s in self._limbo if id(s) in computing or self._sender.is_pinned(s)]
-        for sequence in self._limbo:
-            if sequence not in waiting:
-                self.blocks.free(sequence.block_table)
-        self._limbo = waiting
+        """The controller hears it from both sides: either may die, or be stopped, before it could say so."""
+        self._reporter.handed_over(incoming.reserve.request.request_id, self.name)
+        self._requests.adopt(incoming)
 
     def _has_room(self, message: Reserve) -> bool:
         """Whether a request may come: room for its choices beside those running, and a block of growth for each."""
@@ -359,7 +342,7 @@ class Engine:
             needed += self.blocks.num_blocks_for(self.scheduler.waiting[0].num_tokens)
         longest = self.blocks.num_blocks_for(message.request.max_total_tokens)
         fits = needed <= self.blocks.num_free and longest <= self.blocks.num_blocks
-        return fits and num_choices <= self._config.max_choices
+        return fits and num_choices <= self._config.max_choices and not self._orders.is_draining
 
     def _allocate_together(self, num_blocks: int) -> list[int] | None:
         """Blocks for a peer to fill, in few segments: requests that decode here have no use for lying together."""
@@ -376,96 +359,9 @@ class Engine:
     def _break_standstill(self) -> None:
         """Prompts wait for blocks that only peers hold, who may be waiting for each other: let one of them go."""
         scheduler = self.scheduler
-        is_busy = scheduler.prefilling or scheduler.decoding or self._limbo or self._sender.num_sending
+        is_busy = scheduler.prefilling or scheduler.decoding or self._requests.has_limbo or self._sender.num_sending
         if scheduler.waiting and not is_busy:
             self._receiver.revoke_youngest()
-
-    # --- results ---------------------------------------------------------------------------------------------------
-
-    def _apply(self, item: BatchItem, result: ItemResult, outputs: dict[str, list[Output]], now_s: float) -> None:
-        sequence = item.sequence
-        sequence.num_computed = item.stop
-        sequence.prompt_logprobs += result.prompt_logprobs
-        if sequence.is_decoding:
-            self._apply_decode(sequence, result, outputs)
-        elif sequence.num_uncomputed == 0:
-            self._apply_prefill(item, result, outputs, now_s)
-        else:
-            self._sender.chunk_computed(sequence)
-
-    def _apply_decode(self, sequence: Sequence, result: ItemResult, outputs: dict[str, list[Output]]) -> None:
-        output = self._append_token(sequence, sequence.choice, sequence.output_ids, result, 0)
-        outputs.setdefault(sequence.frontend_address, []).append(output)
-        if output.finish_reason is not None:
-            self._retire(sequence)
-
-    def _apply_prefill(
-        self, item: BatchItem, result: ItemResult, outputs: dict[str, list[Output]], now_s: float
-    ) -> None:
-        """A prompt (and what a preempted choice had put out) is computed: the next tokens go out from here."""
-        sequence = item.sequence
-        choices: dict[int, list[int]] = {}
-        mine = outputs.setdefault(sequence.frontend_address, [])
-        for i, choice in enumerate(item.draws):
-            output_ids = list(sequence.output_ids)
-            output = self._append_token(sequence, choice, output_ids, result, i)
-            mine.append(output)
-            if output.finish_reason is None:
-                choices[choice] = output_ids
-        if not item.draws:  # max_tokens is 0: the prompt was all there was to compute
-            mine.extend(self._empty_output(sequence, choice) for choice in range(sequence.num_choices))
-        self._move_on(sequence, choices, now_s)
-
-    def _move_on(self, sequence: Sequence, choices: dict[int, list[int]], now_s: float) -> None:
-        if not choices:
-            self._sender.takes(sequence, choices, now_s)
-            self._retire(sequence)
-            return
-        self.scheduler.remove(sequence)
-        siblings = self._sequences.pop(sequence.request.request_id)
-        if self._sender.takes(sequence, choices, now_s):
-            return
-        self._decode_here(sequence, choices)
-        siblings.remove(sequence)
-        self._sequences[sequence.request.request_id] += siblings
-
-    def _append_token(
-        self, sequence: Sequence, choice: int, output_ids: list[int], result: ItemResult, draw_index: int
-    ) -> Output:
-        """Add a drawn token to a choice and say what the client gets."""
-        draw = result.draws[draw_index]
-        sampling = sequence.request.sampling
-        index = len(output_ids)
-        if draw.token_id == NO_TOKEN:
-            text = "no token could be drawn: the logits were NaN or infinite, or every token was masked"
-            request_id = sequence.request.request_id
-            return Output(request_id, choice, sequence.attempt, index, [], FinishReason.ERROR, error=text)
-        output_ids.append(draw.token_id)
-        finish_reason, stop_token_id = None, None
-        if draw.token_id in sampling.stop_token_ids:
-            finish_reason, stop_token_id = FinishReason.STOP, draw.token_id
-        elif len(output_ids) >= sampling.max_tokens:
-            finish_reason = FinishReason.LENGTH
-        return Output(
-            sequence.request.request_id,
-            choice,
-            sequence.attempt,
-            index,
-            [draw.token_id],
-            finish_reason,
-            stop_token_id,
-            None if draw.logprobs is None else [draw.logprobs],
-            self._prompt_logprobs(sequence) if index == 0 and choice == 0 else None,
-        )
-
-    def _empty_output(self, sequence: Sequence, choice: int) -> Output:
-        logprobs = self._prompt_logprobs(sequence) if choice == 0 else None
-        request_id = sequence.request.request_id
-        reason = FinishReason.LENGTH
-        return Output(request_id, choice, sequence.attempt, 0, [], reason, prompt_logprobs=logprobs)
-
-    def _prompt_logprobs(self, sequence: Sequence) -> list[TokenLogprobs] | None:
-        return None if sequence.request.sampling.prompt_logprobs is None else sequence.prompt_logprobs
 
     # --- effects ---------------------------------------------------------------------------------------------------
 
@@ -473,9 +369,18 @@ class Engine:
         self._effects += self._peers.send(instance, message)
 
     def _report(self, now_s: float) -> None:
+        if self._orders.is_draining and not self._has_drained and self.is_idle:
+            self._reporter.is_due = self._has_drained = True
         report = self._reporter.report(now_s, self._state)
         if report is not None:
             self._effects.append(report)
 
     def _state(self) -> State:
-        return State(self.load, self.counters, self._sender.links.statuses(), self._sender.unanswered)
+        return State(
+            self.scheduler.role,
+            self.load,
+            self.counters,
+            self._sender.links.take_changed(),
+            self._sender.unanswered,
+            self._has_drained,
+        )

@@ -1,5 +1,6 @@
 """How a request that was prefilled elsewhere becomes this instance's own. `handoff_sender` draws the protocol."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -79,6 +80,10 @@ class HandoffReceiver:
         return list(self._incoming.values())
 
     @property
+    def num_incoming(self) -> int:
+        return len(self._incoming)
+
+    @property
     def num_choices(self) -> int:
         return sum(i.reserve.request.sampling.n for i in self._incoming.values() if not i.is_cancelled)
 
@@ -89,6 +94,17 @@ class HandoffReceiver:
     @property
     def num_quarantined_blocks(self) -> int:
         return sum(len(incoming.block_table) for incoming in self._incoming.values() if incoming.is_cancelled)
+
+    @property
+    def has_incoming(self) -> bool:
+        return bool(self._incoming)
+
+    @property
+    def quiet_s(self) -> float:
+        """For so long nothing comes of the mere passing of time, as `tick` counts it."""
+        if any(incoming.is_cancelled for incoming in self._incoming.values()):
+            return 0.0
+        return min((i.lease_s - i.silent_s for i in self._incoming.values()), default=math.inf)
 
     # --- what a source says ----------------------------------------------------------------------------------------
 

@@ -97,6 +97,11 @@ class HandoffSender:
     def is_idle(self) -> bool:
         return not self._outgoing and self._transfers.is_idle
 
+    @property
+    def is_quiet(self) -> bool:
+        """No write is under way and no answer is awaited, so time that passes changes nothing."""
+        return self._transfers.is_idle
+
     def is_pinned(self, sequence: Sequence) -> bool:
         """Its blocks are being read."""
         return self._transfers.is_pinned(sequence.request.request_id)
@@ -207,6 +212,8 @@ class HandoffSender:
 
     def tick(self, elapsed_s: float) -> None:
         """So much time has passed: renew, repeat, and leave those who are silent."""
+        if self._transfers.is_idle and self._watches.is_empty:
+            return
         opened = self._transfers.opened
         for peer in self._watches.tick(elapsed_s, dict.fromkeys(t.peer for t in opened)):
             wanted = [t.attempt for t in opened if t.peer == peer and self._is_wanted(t)]

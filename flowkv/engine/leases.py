@@ -53,6 +53,10 @@ class Watches:
         self._clock = clock
         self._watches: dict[str, _Watch] = {}
 
+    @property
+    def is_empty(self) -> bool:
+        return not self._watches
+
     def heard(self, peer: str, lease_s: float = 0.0) -> None:
         """A message of `peer` has come; it may be silent for `lease_s`, where it says so."""
         if (watch := self._watches.get(peer)) is not None:

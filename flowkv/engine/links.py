@@ -19,12 +19,15 @@ class Links:
 
     def __init__(self) -> None:
         self._links: dict[str, _Link] = {}
+        self._changed: dict[str, None] = {}  # peers whose link has news, in the order of the first
 
     def up(self, linked: Linked) -> None:
         self._links[linked.peer] = _Link(linked.backend)
+        self._changed[linked.peer] = None
 
     def down(self, peer: str) -> None:
         self._links.pop(peer, None)
+        self._changed.pop(peer, None)
 
     def backend(self, peer: str) -> str | None:
         """None where the link is not up."""
@@ -40,12 +43,14 @@ class Links:
             link.num_bytes += num_bytes
             link.num_calls += num_calls
             link.seconds += seconds
+            self._changed[peer] = None
 
-    def statuses(self) -> list[LinkStatus]:
-        return [
-            LinkStatus(
-                peer=peer, backend=link.backend, num_bytes=link.num_bytes, num_calls=link.num_calls,
-                seconds=link.seconds,
-            )
-            for peer, link in self._links.items()
-        ]  # fmt: skip
+    def take_changed(self) -> list[LinkStatus]:
+        """Those that came up or moved something since the last call."""
+        changed, self._changed = self._changed, {}
+        return [self._status(peer, self._links[peer]) for peer in changed]
+
+    def _status(self, peer: str, link: _Link) -> LinkStatus:
+        return LinkStatus(
+            peer=peer, backend=link.backend, num_bytes=link.num_bytes, num_calls=link.num_calls, seconds=link.seconds
+        )

@@ -16,6 +16,7 @@ from flowkv.engine.batch import Runner
 from flowkv.engine.effects import CancelWrite, Connect, Disconnect, Effect, Expect, Forget, MoveBlocks, Send, Write
 from flowkv.engine.engine import Engine
 from flowkv.engine.link_notes import LinkNotes
+from flowkv.engine.repeat import run_repeats
 from flowkv.engine.toy import MAX_MODEL_TOKENS, VOCAB_SIZE, ToyRunner, toy_layout
 from flowkv.errors import FlowKVError, PoolError, ProtocolError, TransferError
 from flowkv.kv.layout import KvLayout
@@ -129,15 +130,18 @@ class _Instance:
         self._mailbox = Mailbox(context, spec.address, spec.key)
         self._engine = Engine(
             spec.name, spec.config.engine, pool.num_blocks, spec.role, spec.controller_address,
-            spec.config.transfer.lease_s,
+            spec.config.transfer.lease_s, spec.config.slo.max_step_s,
         )  # fmt: skip
         self._poller = zmq.Poller()
         self._poller.register(self._mailbox.socket, zmq.POLLIN)
         self._polled: list[int] = []
         self._beat_ms = min(_BEAT_MS, int(1000 * spec.config.transfer.lease_s / _BEATS))
         peer = PeerInfo(spec.name, self._mailbox.address, self._transfer.descriptor)
-        max_choices = spec.config.engine.max_choices
-        register = Register(peer, spec.role, model.info, layout.block_size, max_choices, __version__, spec.epoch)
+        engine = spec.config.engine
+        register = Register(
+            peer, spec.role, model.info, layout.block_size, engine.max_choices, __version__, spec.epoch,
+            engine.max_batch_tokens,
+        )  # fmt: skip
         outbox.send(spec.controller_address, register)
 
     def run(self) -> NoReturn:
@@ -146,13 +150,13 @@ class _Instance:
         while True:
             self._take_messages()
             now_s = time.monotonic()
-            batch = self._engine.next_batch(now_s)
+            batch = self._engine.next_batch(now_s, self._spec.config.engine.max_repeats)
             self._carry_out()
             if batch is None:
                 self._wait()
                 step_began_s = time.monotonic()
                 continue
-            result = self._runner.run(batch)
+            result = run_repeats(self._runner, batch)
             now_s = time.monotonic()
             self._engine.on_result(result, now_s - step_began_s, now_s)
             self._carry_out()

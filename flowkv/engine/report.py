@@ -1,65 +1,78 @@
 """What an instance tells the controller of itself, and when."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from flowkv.cost import LearntCost
 from flowkv.engine.batch import Batch, BatchResult
 from flowkv.engine.effects import Send
+from flowkv.engine.steps import StepLog
 from flowkv.engine.transfers import TransferCounters
-from flowkv.messages import LoadReport, StepSample
-from flowkv.types import InstanceCounters, InstanceLoad, LinkStatus
+from flowkv.messages import LoadReport
+from flowkv.types import InstanceCounters, InstanceLoad, LinkStatus, Role
 
 _BUSY_INTERVAL_S = 0.02
-_IDLE_INTERVAL_S = 1.0
+_SLOW_INTERVAL_S = 1.0
 
 
 class State(NamedTuple):
     """What a report says of the moment when it is made; fields as in `LoadReport`."""
 
+    role: Role
     load: InstanceLoad
     counters: InstanceCounters
     links: list[LinkStatus]
     unanswered: list[tuple[str, str]]
+    is_drained: bool
 
 
 class Reporter:
-    """Collects steps and finished requests; a report goes out at once when a request ends, else at a beat."""
+    """Collects what has happened. A report is due at once when a request has ended, moved or come back (or whenever
+    `is_due` is set), after a busy interval when a request has come or prompts were computed, else at a slow beat."""
 
-    def __init__(self, name: str, controller_address: str) -> None:
+    def __init__(self, name: str, controller_address: str, cost: LearntCost | None = None) -> None:
         self._name = name
         self._address = controller_address
+        self._steps = StepLog(cost)
         self._last_report_s = float("-inf")
-        self._steps: list[StepSample] = []
-        self._reported_sequence = 0
-        self.dispatch_sequence = 0  # of the last Dispatch that was handled
+        self.due_s = float("-inf")  # when the next one is due if nothing else happens
         self.is_due = False  # something has happened that should be known at once
-        self.finished: list[str] = []
-        self.handed_over: list[tuple[str, str]] = []
+        self.dispatch_sequence = 0  # of the last Dispatch that was handled
         self.num_moved_blocks = 0
-        self._num_steps = self._prefill_tokens = self._decode_tokens = 0
-        self._step_seconds = self._forward_seconds = self._sampling_seconds = 0.0
+        self._finished: list[tuple[str, int]] = []
+        self._handed_over: list[tuple[str, str]] = []
+        self._returned: list[str] = []
 
-    def add_step(self, batch: Batch, result: BatchResult, seconds: float) -> None:
-        num_decodes = sum(item.num_tokens == 1 and item.start >= item.sequence.num_prompt for item in batch.items)
-        num_prefill_tokens = batch.num_tokens - num_decodes
-        context_tokens = sum(item.stop for item in batch.items)
-        self._steps.append(StepSample(num_prefill_tokens, num_decodes, context_tokens, seconds))
-        self._num_steps += 1
-        self._prefill_tokens += num_prefill_tokens
-        self._decode_tokens += num_decodes
-        self._step_seconds += seconds
-        self._forward_seconds += result.forward_seconds
-        self._sampling_seconds += result.sampling_seconds
+    def dispatched(self, sequence: int) -> None:
+        self.dispatch_sequence = sequence
+        self._hurry()
+
+    def finished(self, request_id: str, num_output_tokens: int) -> None:
+        self._finished.append((request_id, num_output_tokens))
+        self.is_due = True
+
+    def handed_over(self, request_id: str, owner: str) -> None:
+        self._handed_over.append((request_id, owner))
+        self.is_due = True
+
+    def returned(self, request_id: str) -> None:
+        self._returned.append(request_id)
+        self.is_due = True
+
+    def add_steps(self, batch: Batch, result: BatchResult, step_seconds: Sequence[float]) -> None:
+        if self._steps.add(batch, result, step_seconds):
+            self._hurry()
 
     def counters(self, transfers: TransferCounters, num_preemptions: int, num_expired_leases: int) -> InstanceCounters:
+        steps = self._steps
         return InstanceCounters(
-            num_steps=self._num_steps,
-            prefill_tokens=self._prefill_tokens,
-            decode_tokens=self._decode_tokens,
+            num_steps=steps.num_steps,
+            prefill_tokens=steps.prefill_tokens,
+            decode_tokens=steps.decode_tokens,
             num_preemptions=num_preemptions,
-            step_seconds=self._step_seconds,
-            forward_seconds=self._forward_seconds,
-            sampling_seconds=self._sampling_seconds,
+            step_seconds=steps.seconds,
+            forward_seconds=steps.forward_seconds,
+            sampling_seconds=steps.sampling_seconds,
             transfer_bytes=transfers.num_bytes,
             transfer_calls=transfers.num_calls,
             transfer_seconds=transfers.seconds,
@@ -70,34 +83,30 @@ class Reporter:
             num_expired_leases=num_expired_leases,
         )
 
-    def report(
-        self,
-        now_s: float,
-        state: Callable[[], State],
-    ) -> Send | None:
+    def report(self, now_s: float, state: Callable[[], State]) -> Send | None:
         """The report that is due now, if any; `state` is asked for only then."""
-        if not self._is_due_at(now_s):
+        if not self.is_due and now_s < self.due_s:
             return None
         now = state()
         report = LoadReport(
             self._name,
             self.dispatch_sequence,
+            now.role,
             now.load,
             now.counters,
-            self._steps,
-            self.finished,
-            self.handed_over,
+            self._steps.take(),
+            self._finished,
+            self._handed_over,
+            self._returned,
             now.links,
             now.unanswered,
+            now.is_drained,
         )
         self.is_due = False
         self._last_report_s = now_s
-        self._reported_sequence = self.dispatch_sequence
-        self._steps, self.finished, self.handed_over = [], [], []
+        self.due_s = now_s + _SLOW_INTERVAL_S
+        self._finished, self._handed_over, self._returned = [], [], []
         return Send(self._address, report)
 
-    def _is_due_at(self, now_s: float) -> bool:
-        since_s = now_s - self._last_report_s
-        if self.is_due or self.finished or self.handed_over or since_s >= _IDLE_INTERVAL_S:
-            return True
-        return since_s >= _BUSY_INTERVAL_S and bool(self._steps or self.dispatch_sequence != self._reported_sequence)
+    def _hurry(self) -> None:
+        self.due_s = min(self.due_s, self._last_report_s + _BUSY_INTERVAL_S)

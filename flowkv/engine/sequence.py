@@ -21,6 +21,8 @@ class Sequence:
     choice: int = 0
     num_choices: int = 1
     is_decoding: bool = False  # in the decode queue; otherwise its KV is still being computed
+    has_begun: bool = False  # a chunk of it was scheduled, here or (its prompt is computed) elsewhere
+    is_over: bool = False  # out of all queues for good; only its blocks may still be in use
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose KV is in the pool
     block_table: list[int] = field(default_factory=list)
@@ -44,5 +46,5 @@ class Sequence:
         if start >= len(prompt_ids):
             return self.output_ids[start - len(prompt_ids) : stop - len(prompt_ids)]
         if stop <= len(prompt_ids):
-            return prompt_ids[start:stop]
-        return prompt_ids[start:] + self.output_ids[: stop - len(prompt_ids)]
+            return list(prompt_ids[start:stop])
+        return list(prompt_ids[start:]) + self.output_ids[: stop - len(prompt_ids)]

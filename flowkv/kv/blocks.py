@@ -81,6 +81,42 @@ class BlockManager:
         self._append(table, missing)
         return copies
 
+    def prepare_slot(self, table: list[int], position: int) -> Sequence[BlockCopy] | None:
+        """`prepare_write` of one position, for which there mostly is nothing to do."""
+        index = position // self.block_size
+        if index < len(table) and self._num_references[table[index]] == 1:
+            return ()
+        return self.prepare_write(table, position, position + 1)
+
+    def grow(self, tables: Sequence[list[int]], positions: Sequence[int], num_steps: int) -> int:
+        """Make `num_steps` positions of each table writable, from one on that already is; as many as there is room for.
+
+        The blocks go to the same tables as if every step made one position of each table writable, in this order.
+        Returns the number of steps for which there is room, at least 1.
+        """
+        size = self.block_size
+        growths = sorted(
+            (step, i)
+            for i, (table, position) in enumerate(zip(tables, positions, strict=True))
+            for step in range(len(table) * size - position, num_steps, size)
+        )
+        if len(growths) > self.num_free:
+            num_steps = growths[self.num_free][0]
+            growths = [growth for growth in growths if growth[0] < num_steps]
+        for (_, i), block in zip(growths, self._new_blocks(len(growths)), strict=True):
+            tables[i].append(block)
+        return num_steps
+
+    def shrink(self, tables: Iterable[list[int]], lengths: Iterable[int]) -> None:
+        """Give back what `grow` has added and nobody has written to: all beyond so many blocks of each table."""
+        surplus: list[int] = []
+        for table, length in zip(tables, lengths, strict=True):
+            surplus += table[length:]
+            del table[length:]
+        for block in surplus:
+            self._num_references[block] = 0
+        self._segments.free(surplus)
+
     def free(self, table: list[int]) -> None:
         """Drop one reference of every entry and empty the table; blocks without any go back to the free segments."""
         unreferenced = []
@@ -108,24 +144,26 @@ class BlockManager:
             assert not any(self._num_references[start : start + length]), f"segment at {start} holds a used block"
 
     def _replace_shared(self, table: list[int], index: int) -> int:
-        new = self._new_block()
+        [new] = self._new_blocks(1)
         self._num_references[table[index]] -= 1
         table[index] = new
         return new
 
     def _append(self, table: list[int], count: int) -> None:
         if count == 1 and table:
-            table.append(self._new_block())
+            table += self._new_blocks(1)
         elif count:
             blocks = self.allocate(count)
             assert blocks is not None
             table += blocks
 
-    def _new_block(self) -> int:
-        block = self._segments.allocate_high()
-        assert block is not None
-        self._num_references[block] = 1
-        return block
+    def _new_blocks(self, count: int) -> list[int]:
+        """To grow by."""
+        blocks = self._segments.allocate_high(count)
+        assert blocks is not None
+        for block in blocks:
+            self._num_references[block] = 1
+        return blocks
 
     def _open_room(
         self, num_blocks: int, max_segments: int, movable: Sequence[list[int]]

@@ -36,12 +36,16 @@ class SegmentAllocator:
             blocks += self.claim(start, min(length, missing))
         return blocks
 
-    def allocate_high(self) -> int | None:
-        """The free block with the highest id."""
-        if not self._starts:
+    def allocate_high(self, num_blocks: int) -> list[int] | None:
+        """The free blocks with the highest ids, the highest first, or None (and no change) if fewer are free."""
+        if num_blocks > self.num_free:
             return None
-        start = self._starts[-1]
-        return self.claim(start + self._length_at[start] - 1, 1)[0]
+        blocks: list[int] = []
+        while (missing := num_blocks - len(blocks)) > 0:
+            start = self._starts[-1]
+            stop = start + self._length_at[start]
+            blocks += reversed(self.claim(max(start, stop - missing), min(missing, stop - start)))
+        return blocks
 
     def claim(self, start: int, count: int) -> list[int]:
         """Exactly these blocks. They must be free; that is the caller's to know."""

@@ -27,7 +27,7 @@ class DrawSpec:
     row: int
     sampling: SamplingParams
     choice: int
-    prompt_ids: list[int]
+    prompt_ids: Sequence[int]
     output_ids: list[int]
 
     @property

@@ -9,9 +9,11 @@ from flowkv.messages import (
     Cancel,
     CancelAck,
     Dispatch,
+    Drain,
     KvReady,
     LoadReport,
     Message,
+    Outputs,
     PeerInfo,
     PeerUp,
     Refused,
@@ -19,6 +21,8 @@ from flowkv.messages import (
     Renewed,
     Reserve,
     Reserved,
+    SetRole,
+    StepSample,
 )
 from flowkv.transfer.base import Arrived, Linked, Written
 from flowkv.types import Request, Role, SamplingParams
@@ -113,7 +117,7 @@ def test_a_report_follows_the_end_of_a_request_at_once_and_echoes_its_dispatch()
     engine.take_effects()
     step(engine)
     reports = [e.message for e in engine.take_effects() if isinstance(e, Send) and isinstance(e.message, LoadReport)]
-    assert [(report.sequence, report.finished) for report in reports] == [(41, ["r"])]
+    assert [(report.sequence, report.finished) for report in reports] == [(41, [("r", 1)])]
     assert reports[0].load.free_blocks == 8
     assert [(s.prefill_tokens, s.decode_choices) for s in reports[0].steps] == [(4, 0)]
 
@@ -160,3 +164,168 @@ def test_long_steps_ask_for_a_long_lease() -> None:
     step(engine, seconds=10 * LEASE_S)
     engine.handle(Renew("peer", []), 0.0)
     assert Renewed("me", 40 * LEASE_S) in sent_to(engine, "peer")
+
+
+def reports(engine: Engine) -> list[LoadReport]:
+    return [message for message in sent_to(engine, "controller") if isinstance(message, LoadReport)]
+
+
+def test_a_flip_takes_effect_at_once_keeps_what_runs_and_gives_back_what_has_not_begun() -> None:
+    engine = make_engine()
+    engine.handle(Dispatch(1, make_request("runs", 24), 0, "f", []), 0.0)
+    step(engine)
+    engine.handle(Dispatch(2, make_request("waits", 8), 0, "f", ["peer"]), 0.0)
+    engine.take_effects()
+    engine.handle(SetRole(Role.DECODE), 0.001)
+    [report] = reports(engine)
+    assert (report.role, report.returned, report.finished) == (Role.DECODE, ["waits"], [])
+    assert (report.load.num_prefilling, report.load.num_waiting, report.load.used_blocks) == (1, 0, 6)
+    engine.handle(Abort("waits"), 0.001)
+    step(engine)
+    engine.take_effects()
+    engine.handle(SetRole(Role.PREFILL), 0.002)
+    [report] = reports(engine)
+    assert (report.role, report.returned, report.load.num_decoding) == (Role.PREFILL, [], 1)
+    engine.check_integrity()
+
+
+def test_what_is_aborted_first_is_not_given_back_and_what_was_preempted_is_kept() -> None:
+    engine = make_engine(num_blocks=4)
+    engine.handle(Dispatch(1, make_request("old", 8, max_tokens=8), 0, "f", []), 0.0)
+    step(engine)
+    engine.handle(Dispatch(2, make_request("young", 4, max_tokens=8), 0, "f", []), 0.0)
+    while engine.load.num_preempted == 0:
+        step(engine)
+    engine.handle(Dispatch(3, make_request("gone", 4), 0, "f", []), 0.0)
+    engine.handle(Abort("gone"), 0.0)
+    engine.take_effects()
+    engine.handle(SetRole(Role.DECODE), 0.0)
+    [report] = reports(engine)
+    assert (report.returned, report.load.num_waiting, report.load.num_preempted) == ([], 1, 1)
+    assert report.load.waiting_tokens > 4  # what it had put out is computed again
+
+
+def test_a_drained_instance_finishes_gives_back_refuses_and_says_so_once() -> None:
+    engine = make_engine(num_blocks=16)
+    engine.handle(Dispatch(1, make_request("runs", 8, max_tokens=3), 0, "f", []), 0.0)
+    step(engine)
+    engine.handle(Dispatch(2, make_request("waits", 8), 0, "f", []), 0.0)
+    engine.take_effects()
+    engine.handle(Drain(), 0.0)
+    engine.handle(Dispatch(3, make_request("late", 8), 0, "f", []), 0.0)
+    engine.handle(Reserve("peer", 1, make_request("other", 8), 0, "f"), 0.0)
+    effects = engine.take_effects()
+    sent = [effect.message for effect in effects if isinstance(effect, Send)]
+    assert Refused("me", "other", 1) in sent
+    told = [message for message in sent if isinstance(message, LoadReport)]
+    assert [(r.returned, r.sequence, r.is_drained) for r in told] == [(["waits"], 2, False), (["late"], 3, False)]
+    step(engine)
+    assert not any(report.is_drained for report in reports(engine))
+    step(engine)
+    [report] = reports(engine)
+    assert report.is_drained and report.finished == [("runs", 3)] and report.load.used_blocks == 0
+    engine.tick(0.5)
+    assert reports(engine) == []
+
+
+def test_an_idle_instance_is_drained_at_once() -> None:
+    engine = make_engine()
+    engine.handle(Drain(), 0.0)
+    assert [report.is_drained for report in reports(engine)] == [True]
+
+
+def test_finished_counts_the_tokens_of_all_choices() -> None:
+    engine = make_engine(num_blocks=32)
+    sampling = SamplingParams(max_tokens=5, n=3)
+    engine.handle(Dispatch(1, Request(request_id="r", prompt_ids=range(8), sampling=sampling), 0, "f", []), 0.0)
+    while engine.has_work:
+        step(engine)
+    assert reports(engine)[-1].finished == [("r", 15)]
+
+
+def test_reports_are_quick_after_prompts_and_slow_while_only_decoding() -> None:
+    engine = make_engine(num_blocks=100)
+    engine.tick(10.0)
+    times_s = []
+    now_s = 10.0
+    engine.handle(Dispatch(1, make_request("r", 32, max_tokens=300), 0, "f", []), now_s)
+    engine.take_effects()
+    for _ in range(250):
+        batch = engine.next_batch(now_s)
+        assert batch is not None
+        now_s += 1 / 64
+        items = [ItemResult([Draw(9) for _ in item.draws]) for item in batch.items]
+        engine.on_result(BatchResult(batch.batch_id, items), 1 / 64, now_s)
+        times_s += [now_s - 10.0 for _ in reports(engine)]
+    assert times_s == [2 / 64, 1 + 2 / 64, 2 + 2 / 64, 3 + 2 / 64]
+
+
+def last_sample(engine: Engine) -> list[StepSample]:
+    """Of what has not been reported yet."""
+    engine.tick(100.0)
+    return reports(engine)[-1].steps
+
+
+def test_samples_say_what_steps_did_and_those_that_only_decode_come_as_their_sum() -> None:
+    engine = make_engine(num_blocks=64)
+    engine.handle(Dispatch(1, make_request("r", 20, max_tokens=9), 0, "f", []), 0.0)
+    engine.take_effects()
+    for _ in range(6):
+        step(engine)
+    assert last_sample(engine) == [
+        StepSample(16, 16 * 17 // 2, 0, 0, 0.01),
+        StepSample(4, 4 * 16 + 10, 0, 0, 0.01),
+        StepSample(0, 0, 4, 21 + 22 + 23 + 24, 0.01 + 0.01 + 0.01 + 0.01, 4),
+    ]
+
+
+def test_links_are_reported_when_they_have_news() -> None:
+    engine = make_engine()
+    engine.tick(5.0)
+    assert reports(engine)[0].links == []
+    engine.handle(Dispatch(1, make_request("r", 8), 0, "f", ["peer"]), 5.0)
+    step(engine)
+    engine.handle(Reserved("peer", "r", 1, 7, [0, 1]), 5.0)
+    engine.tick(7.0)
+    assert [(link.peer, link.num_calls) for link in reports(engine)[-1].links] == [("peer", 1)]
+    engine.tick(9.0)
+    assert reports(engine)[-1].links == []
+
+
+def priced_step(engine: Engine) -> list[int]:
+    """A step that takes 20 ms, and 10 ms more for each prompt token; the sizes of its chunks."""
+    batch = engine.next_batch(0.0)
+    assert batch is not None
+    chunks = [item.num_tokens for item in batch.items if not item.sequence.is_decoding]
+    assert len(chunks) == len(batch.items) - len(engine.scheduler.decoding)
+    items = [ItemResult([Draw(9) for _ in item.draws]) for item in batch.items]
+    engine.on_result(BatchResult(batch.batch_id, items), 0.02 + 0.01 * sum(chunks), 0.0)
+    return chunks
+
+
+def test_a_bound_on_itl_shrinks_chunks_beside_decodes_but_never_below_a_block() -> None:
+    chunks = {}
+    for max_itl_s in (None, 1.0, 0.12, 0.02):
+        engine = Engine("me", CONFIG, 512, Role.MIXED, "controller", LEASE_S, max_itl_s)
+        engine.handle(Dispatch(1, make_request("runs", 4, max_tokens=400), 0, "f", []), 0.0)
+        for i in range(40):
+            request = make_request(f"r{i}", 4 + 3 * (i % 4), max_tokens=1)
+            engine.handle(Dispatch(2 + i, request, 0, "f", []), 0.0)
+        while engine.load.waiting_tokens:
+            priced_step(engine)
+        engine.handle(Dispatch(99, make_request("long", 100), 0, "f", []), 0.0)
+        chunks[max_itl_s] = priced_step(engine)
+    assert chunks == {None: [8], 1.0: [16], 0.12: [8], 0.02: [4]}
+
+
+def test_a_running_decode_puts_out_a_token_in_every_step_under_endless_prefills() -> None:
+    for role in Role:
+        engine = Engine("me", CONFIG, 512, role, "controller", LEASE_S, 0.12)
+        engine.handle(Dispatch(0, make_request("runs", 4, max_tokens=400), 0, "f", []), 0.0)
+        priced_step(engine)
+        engine.take_effects()
+        for i in range(1, 100):
+            engine.handle(Dispatch(i, make_request(f"r{i}", 30, max_tokens=1), 0, "f", []), 0.0)
+            assert priced_step(engine)
+            outputs = [o for message in sent_to(engine, "f") if isinstance(message, Outputs) for o in message.outputs]
+            assert [o.index for o in outputs if o.request_id == "runs"] == [i]

@@ -1,6 +1,7 @@
 """The Runner against `transformers` itself: chunks, single tokens and mixed batches over scattered blocks."""
 
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,8 @@ def instance(folder_of: Callable[[str], Path]) -> Instance:
 
 
 @torch.inference_mode()
-def eager_logits(folder: Path, ids: list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    logits: torch.Tensor = eager_model(folder, dtype)(input_ids=torch.tensor([ids])).logits[0]
+def eager_logits(folder: Path, ids: SequenceOf[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    logits: torch.Tensor = eager_model(folder, dtype)(input_ids=torch.tensor([list(ids)])).logits[0]
     return logits.float()
 
 

@@ -28,7 +28,7 @@ def decoding(it: HybridScheduler, arrival: int, num_prompt: int) -> Sequence:
 
 
 def step(it: HybridScheduler) -> list[tuple[str, int, int]]:
-    items, _ = it.schedule()
+    items = it.schedule().items
     for item in items:
         item.sequence.num_computed = item.stop
     return [(item.sequence.request.request_id, item.start, item.num_tokens) for item in items]
@@ -60,9 +60,9 @@ def test_what_is_left_of_the_budget_is_cut_to_whole_blocks() -> None:
 def test_only_the_last_chunk_draws_once_for_each_choice() -> None:
     it = scheduler()
     it.add(sequence(0, 20, num_choices=3))
-    assert [item.draws for item in it.schedule()[0]] == [()]
+    assert [item.draws for item in it.schedule().items] == [()]
     it.prefilling[0].num_computed = 16
-    assert [item.draws for item in it.schedule()[0]] == [(0, 1, 2)]
+    assert [item.draws for item in it.schedule().items] == [(0, 1, 2)]
 
 
 def test_every_running_decode_is_in_every_step_whatever_the_role() -> None:
@@ -131,3 +131,28 @@ def test_no_more_run_at_once_than_may() -> None:
     for arrival in range(6):
         it.add(sequence(arrival, 1))
     assert len(step(it)) == CONFIG.max_choices
+
+
+def num_queued(it: HybridScheduler) -> int:
+    return it.queued_prompts().num_tokens + it.deferred_prompts().num_tokens
+
+
+def test_a_lower_priority_number_goes_first_and_equals_by_arrival() -> None:
+    it = scheduler()
+    for arrival, priority in enumerate([1, 0, 1, -1]):
+        request = Request(
+            request_id=f"r{arrival}", prompt_ids=range(16), sampling=SamplingParams(max_tokens=5), priority=priority
+        )  # fmt: skip
+        it.add(Sequence(request, 0, "frontend", arrival))
+    assert num_queued(it) == 64
+    assert [step(it)[0][0] for _ in range(3)] == ["r3", "r1", "r0"]
+    it.prefilling.clear()
+    assert num_queued(it) == 16
+
+
+def test_decodes_are_in_order_of_arrival_however_they_came() -> None:
+    it = scheduler()
+    for arrival in (2, 0, 1):
+        decoding(it, arrival, 5)
+    assert step(it) == [("r0", 5, 1), ("r1", 5, 1), ("r2", 5, 1)]
+    assert it.decode_context_tokens == 3 * 7

@@ -1,6 +1,7 @@
 import itertools
 
 import pytest
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
@@ -213,3 +214,29 @@ class Blocks(RuleBasedStateMachine):
 
 
 TestBlocks = Blocks.TestCase
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_growing_ahead_is_growing_step_by_step(data: st.DataObject) -> None:
+    """The same blocks in the same tables, as far as single steps would have come without preempting anyone."""
+    num_blocks, num_steps = data.draw(st.integers(4, 20)), data.draw(st.integers(1, 30))
+    lengths = data.draw(st.lists(st.integers(1, 14), min_size=1, max_size=4))
+    ahead, single = BlockManager(num_blocks, 4), BlockManager(num_blocks, 4)
+    tables: tuple[list[list[int]], list[list[int]]] = ([], [])
+    for blocks, mine in zip((ahead, single), tables, strict=True):
+        for length in lengths:
+            table: list[int] = []
+            assume(blocks.prepare_write(table, 0, length + 1) == [])
+            mine.append(table)
+    planned = ahead.grow(tables[0], lengths, num_steps)
+    made = data.draw(st.integers(1, planned))
+    ahead.shrink(tables[0], [ahead.num_blocks_for(length + made) for length in lengths])
+    for step in range(made):
+        for table, length in zip(tables[1], lengths, strict=True):
+            assert single.prepare_slot(table, length + step) is not None
+    assert tables[0] == tables[1]
+    assert ahead.free_segments() == single.free_segments()
+    ahead.check_integrity(tables[0])
+    if made == planned < num_steps:
+        assert None in [single.prepare_slot(t, n + made) for t, n in zip(tables[1], lengths, strict=True)]

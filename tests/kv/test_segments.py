@@ -37,11 +37,13 @@ def test_too_few_blocks_change_nothing() -> None:
 def test_growth_comes_from_the_high_end() -> None:
     allocator = SegmentAllocator(10)
     assert allocator.allocate(3) == [0, 1, 2]
-    assert [allocator.allocate_high() for _ in range(2)] == [9, 8]
+    assert allocator.allocate_high(2) == [9, 8]
     assert allocator.allocate(5) == [3, 4, 5, 6, 7]
-    assert allocator.allocate_high() is None
+    assert allocator.allocate_high(1) is None
     allocator.free([0, 1, 5])
-    assert allocator.allocate_high() == 5
+    assert allocator.allocate_high(4) is None
+    assert allocator.allocate_high(2) == [5, 1]
+    assert allocator.segments() == [(0, 1)]
 
 
 def test_only_free_blocks_can_be_claimed() -> None:
@@ -113,15 +115,15 @@ class Segments(RuleBasedStateMachine):
         self.free_blocks -= set(blocks)
         return blocks
 
-    @rule(blocks=held)
-    def grow(self, blocks: list[int]) -> None:
-        grown = self.allocator.allocate_high()
+    @rule(blocks=held, count=st.integers(0, 5))
+    def grow(self, blocks: list[int], count: int) -> None:
+        grown = self.allocator.allocate_high(count)
         if grown is None:
-            assert not self.free_blocks
+            assert count > len(self.free_blocks)
             return
-        assert grown == max(self.free_blocks)
-        self.free_blocks.remove(grown)
-        blocks.append(grown)
+        assert grown == sorted(self.free_blocks, reverse=True)[:count]
+        self.free_blocks -= set(grown)
+        blocks += grown
 
     @rule(target=held, data=st.data())
     def claim(self, data: st.DataObject) -> object:
