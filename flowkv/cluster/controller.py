@@ -2,17 +2,24 @@
 
 from dataclasses import dataclass
 
+import msgspec
+
 from flowkv.cluster.admission import mismatch
+from flowkv.cluster.fleet import Fleet
 from flowkv.cluster.liveness import stall_timeout_s
 from flowkv.cluster.load import InstanceView
-from flowkv.cluster.scheduler import Placement, place
-from flowkv.config import TransferConfig
+from flowkv.cluster.overload import Overload
+from flowkv.cluster.policy import Ask
+from flowkv.cluster.scheduler import Placement
+from flowkv.config import SchedulingConfig, SloConfig, TransferConfig
 from flowkv.errors import ProtocolError
 from flowkv.messages import (
+    RESTART_MARK,
     Abort,
     Accepted,
     ClusterStatus,
     Dispatch,
+    Drain,
     FrontendHello,
     InstanceExited,
     LoadReport,
@@ -23,49 +30,85 @@ from flowkv.messages import (
     Registered,
     RegistrationRefused,
     Rejected,
+    SetRole,
+    StartInstance,
+    StopInstance,
     Submit,
 )
-from flowkv.types import InstanceLoad, ModelInfo, Request
+from flowkv.types import DEFERRED, InstanceStatus, ModelInfo, Regime, Request, Role
 
 _STATUS_INTERVAL_S = 0.25
+_LOOK_INTERVAL_S = 0.1
 _MAX_ELAPSED_S = 1.0  # between two looks at the clock: after a longer stop the messages of that time are still unread
 _MAX_SETTLED = 10_000
 
 
 @dataclass(slots=True)
 class Assignment:
-    """Where a request that was accepted is. `instances` may each hold some of it; `owner` answers for it."""
+    """Where a request that was accepted is. `instances` may each hold some of it; `owner` answers for it, and `home` is
+    where it decodes or will, as far as is known."""
 
     frontend: str
     request: Request
     instances: list[str]
     owner: str
+    home: str
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """A role that was changed, once the instance has proved it."""
+
+    time_s: float
+    instance: str
+    old: Role
+    new: Role
+    regime: Regime
 
 
 class Controller:
     """Messages in by `handle`, messages out by `take_messages` as (address, message) pairs.
 
     `num_instances` is how many must be in service before the cluster is ready, `epoch` what instances of this cluster
-    were started with, `backend` and `lease_s` are those of `TransferConfig`.
+    were started with, `backend` and `lease_s` are those of `TransferConfig`. `launcher_address` is who starts and stops
+    instances; None: nobody does.
     """
 
-    def __init__(self, num_instances: int, epoch: str, backend: str, lease_s: float = TransferConfig().lease_s) -> None:
+    def __init__(
+        self,
+        num_instances: int,
+        epoch: str,
+        backend: str,
+        lease_s: float = TransferConfig().lease_s,
+        *,
+        slo: SloConfig | None = None,
+        scheduling: SchedulingConfig | None = None,
+        launcher_address: str | None = None,
+    ) -> None:
         self._num_instances = num_instances
         self._epoch = epoch
         self._backend = backend
+        self._scheduling = scheduling or SchedulingConfig()
+        self._launcher_address = launcher_address
         self._stall_timeout_s = stall_timeout_s(lease_s)
         self._last_tick_s: float | None = None
         self._frontends: dict[str, str] = {}  # name -> address
-        self._views: dict[str, InstanceView] = {}
+        self._fleet = Fleet(slo or SloConfig(), self._scheduling)
+        self._views = self._fleet.views
+        self._overload = Overload(slo or SloConfig(), self._scheduling)
+        self._missing: dict[str, set[str]] = {}  # by newcomer: those in service with which it has no links yet
         self._dead: set[str] = set()
         self._assignments: dict[str, Assignment] = {}
-        self._settled: dict[
-            str, None
-        ] = {}  # ids that ended lately, oldest first: a repeated `Submit` runs nothing twice
+        # Answers to those that ended lately, by id, oldest first: a repeated `Submit` runs nothing twice.
+        self._settled: dict[str, Accepted | Rejected] = {}
         self._model: ModelInfo | None = None
         self._was_complete = False
         self._status_due_s = 0.0
+        self._roles_due_s = 0.0
+        self._num_wanted = num_instances  # that run or are being started, if nobody else starts any
         self._out: list[tuple[str, Message]] = []
+        self.regime = Regime.NORMAL
+        self.flips: list[Flip] = []
         self.gone_addresses: list[str] = []  # nobody listens there any more; whoever sends may forget them
 
     # --- in and out ------------------------------------------------------------------------------------------------
@@ -73,11 +116,11 @@ class Controller:
     def handle(self, message: Message, now_s: float) -> None:
         match message:
             case Submit():
-                self._on_submit(message)
+                self._on_submit(message, now_s)
             case Abort():
                 self._on_abort(message)
             case LoadReport():
-                self._on_load_report(message)
+                self._on_load_report(message, now_s)
             case Register():
                 self._on_register(message)
             case FrontendHello():
@@ -89,13 +132,19 @@ class Controller:
                 raise ProtocolError(f"a controller does not take a {type(message).__name__}")
 
     def tick(self, now_s: float) -> None:
-        """Called often, when all messages are handled: looks who is silent, tells the frontends at a beat."""
-        elapsed_s = 0.0 if self._last_tick_s is None else min(now_s - self._last_tick_s, _MAX_ELAPSED_S)
+        """Called often, when all messages are handled: looks who is silent and who should do what; tells frontends."""
+        elapsed_s = 0.0 if self._last_tick_s is None else now_s - self._last_tick_s
+        if self._last_tick_s is not None and elapsed_s < _LOOK_INTERVAL_S:
+            return
         self._last_tick_s = now_s
-        for view in self._views.values():
-            if view.pass_time(elapsed_s, self._stall_timeout_s) and view.is_in_service:
-                self._on_stalled(view.name)
-            self._settle_unanswered(view)
+        for view in list(self._views.values()):
+            if view.pass_time(min(elapsed_s, _MAX_ELAPSED_S), self._stall_timeout_s) and view.is_in_service:
+                self._on_stalled(view)
+            if view.unanswered:
+                self._settle_unanswered(view)
+        if now_s >= self._roles_due_s:
+            self._roles_due_s = now_s + self._scheduling.interval_s
+            self._set_roles(now_s)
         if now_s >= self._status_due_s:
             self._status_due_s = now_s + _STATUS_INTERVAL_S
             self._broadcast_status()
@@ -110,35 +159,65 @@ class Controller:
 
     # --- requests --------------------------------------------------------------------------------------------------
 
-    def _on_submit(self, message: Submit) -> None:
+    def _on_submit(self, message: Submit, now_s: float) -> None:
         address = self._frontends.get(message.frontend)
         if address is None:
             raise ProtocolError(f"frontend {message.frontend} submits before it has said hello")
         request = message.request
-        if request.request_id in self._assignments or request.request_id in self._settled:
+        if request.request_id in self._assignments:
             self._send(address, Accepted(request.request_id))
             return
-        views = [view for view in self._views.values() if view.is_available]
-        if not views:
-            self._send(address, Rejected(request.request_id, 503, self._why_unavailable(), "unavailable"))
+        if (answer := self._settled.get(request.request_id)) is not None:
+            self._send(address, answer)
             return
-        placement = place(request, views)
+        ask = self._fleet.ask(request)
+        placement = self._fleet.place(ask, request)
         if placement is None:
-            self._send(address, self._too_large(request))
+            self._send(address, self._why_nowhere(request))
+            return
+        self._fleet.come(ask, now_s)
+        refused = self._overload.refusal(
+            request.request_id, ask, placement, self._views.values(), self._fleet.knows_costs
+        )  # fmt: skip
+        if refused is not None:
+            self._send(address, refused)
+            self._remember(refused)
             return
         self._send(address, Accepted(request.request_id))
-        self._dispatch(message.frontend, address, request, placement)
+        self._dispatch(message.frontend, request, ask, placement)
 
-    def _dispatch(self, frontend: str, address: str, request: Request, placement: Placement) -> None:
-        prefill = placement.prefill
-        decode_names = [view.name for view in placement.decode]
-        names = [prefill.name, *decode_names]
-        self._assignments[request.request_id] = Assignment(frontend, request, names, prefill.name)
-        if placement.decode:
-            first = placement.decode[0]
-            first.expected[request.request_id] = first.num_blocks_for(len(request.prompt_ids) + 1)
-        dispatch = Dispatch(prefill.dispatched(request), request, 0, address, decode_names)
-        self._send(prefill.peer.address, dispatch)
+    def _dispatch(self, frontend: str, request: Request, ask: Ask, placement: Placement) -> None:
+        """To where it goes, or behind all others if it is late wherever it goes: so it makes nobody else late."""
+        is_hopeless = self._fleet.knows_costs and self._overload.is_hopeless(placement)
+        if is_hopeless and not request.is_deferred:
+            request = msgspec.structs.replace(request, priority=request.priority + DEFERRED)
+            ask = self._fleet.ask(request)
+            placement = self._fleet.place(ask, request) or placement
+        home = placement.decode[0] if placement.decode else placement.prefill
+        names = [placement.prefill, *placement.decode]
+        self._assignments[request.request_id] = Assignment(frontend, request, names, placement.prefill, home)
+        sequence = self._fleet.assign(request, ask, placement)
+        dispatch = Dispatch(sequence, request, 0, self._frontends[frontend], placement.decode)
+        self._send(self._views[placement.prefill].peer.address, dispatch)
+
+    def _place_again(self, request_id: str) -> None:
+        """An instance has given it back before it began."""
+        if (assignment := self._assignments.get(request_id)) is None:
+            return
+        self._fleet.leave(request_id, assignment.home)
+        ask = self._fleet.ask(assignment.request)
+        placement = self._fleet.place(ask, assignment.request)
+        if placement is None:
+            self._fail(
+                request_id, "the instance that held this request is being retired, and no other can", "unavailable"
+            )
+        else:
+            self._dispatch(assignment.frontend, assignment.request, ask, placement)
+
+    def _why_nowhere(self, request: Request) -> Rejected:
+        if not any(view.is_available for view in self._views.values()):
+            return Rejected(request.request_id, 503, self._why_unavailable(), "unavailable")
+        return self._too_large(request)
 
     def _why_unavailable(self) -> str:
         if any(view.is_in_service for view in self._views.values()):
@@ -150,7 +229,7 @@ class Controller:
         if request.sampling.n > most:
             text = f"n ({request.sampling.n}) is more than the {most} choices that an instance decodes at once"
             return Rejected(request.request_id, 400, text, "too_many_choices", "n")
-        room = max(view.peer.pool.num_blocks * view.block_size for view in self._views.values())
+        room = max(view.pool_tokens for view in self._views.values())
         text = (
             f"prompt ({len(request.prompt_ids)} tokens) and max_tokens ({request.sampling.max_tokens}) together need "
             f"more than the {room} tokens that the largest KV pool holds"
@@ -174,50 +253,79 @@ class Controller:
             self._send(message.peer.address, RegistrationRefused(reason))
             return
         self._model = message.model
-        load = InstanceLoad(free_blocks=message.peer.pool.num_blocks)
-        newcomer = InstanceView(message.peer, message.role, message.block_size, message.max_choices, load)
         for view in self._views.values():
             self._send(view.peer.address, PeerUp(message.peer))
             self._send(message.peer.address, PeerUp(view.peer))
-        self._views[name] = newcomer
-        self._admit(newcomer)
+        self._missing[name] = {view.name for view in self._views.values() if view.is_available}
+        self._fleet.add(message)
+        self._admit_complete()
 
-    def _admit_newcomers(self) -> None:
-        for newcomer in [view for view in self._views.values() if not view.is_in_service]:
-            self._admit(newcomer)
+    def _note_links(self, message: LoadReport) -> None:
+        """Links that came up may be the last that a newcomer waited for."""
+        if not self._missing:
+            return
+        mine = self._views[message.instance]
+        for link in message.links:
+            other = self._views.get(link.peer)
+            if other is not None and other.is_linked_to(mine):
+                for one, two in ((mine.name, other.name), (other.name, mine.name)):
+                    self._missing.get(one, set()).discard(two)
+        self._admit_complete()
 
-    def _admit(self, newcomer: InstanceView) -> None:
-        """Into service with the links that it needs: the first request must not wait for a connection.
+    def _admit_complete(self) -> None:
+        """Into service with the links that they need: the first request must not wait for a connection.
 
         Those to a stalled instance come up when it is back.
         """
-        others = [view for view in self._views.values() if view.is_available]
-        if not all(newcomer.is_linked_to(view) and view.is_linked_to(newcomer) for view in others):
-            return
+        for name in [name for name, missing in self._missing.items() if not missing]:
+            if not self._missing[name]:  # one that was just admitted may be missing to it
+                self._admit(self._views[name])
+
+    def _admit(self, newcomer: InstanceView) -> None:
+        del self._missing[newcomer.name]
         newcomer.is_in_service = True
-        self._was_complete = self._was_complete or len(others) + 1 >= self._num_instances
+        self._fleet.refresh(newcomer)
+        for name, missing in self._missing.items():
+            other = self._views[name]
+            if not (other.is_linked_to(newcomer) and newcomer.is_linked_to(other)):
+                missing.add(newcomer.name)
+        num_available = sum(view.is_available for view in self._views.values())
+        self._was_complete = self._was_complete or num_available >= self._num_instances
         self._send(newcomer.peer.address, Registered())
         self._broadcast_status()
 
-    def _on_load_report(self, message: LoadReport) -> None:
+    def _on_load_report(self, message: LoadReport, now_s: float) -> None:
         if (view := self._views.get(message.instance)) is None:
             return  # it died; what it held is settled
-        was_stalled = view.liveness.is_stalled
-        view.apply(message)
+        was_stalled, old = view.liveness.is_stalled, view.role
+        if self._fleet.apply(message, now_s):
+            view.num_flips += 1
+            self.flips.append(Flip(now_s, view.name, old, view.role, self.regime))
         if was_stalled:
             self._broadcast_status()
-        self._admit_newcomers()
+        self._note_links(message)
         for request_id, owner in message.handed_over:
             self._on_handed_over(request_id, owner)
-        for request_id in message.finished:
+        for request_id in message.returned:
+            self._place_again(request_id)
+        for request_id, num_output_tokens in message.finished:
+            self._learn_length(request_id, num_output_tokens)
             self._settle(request_id)
         self._settle_unanswered(view)
+        if view.is_drained and view.is_draining and not view.is_stopping:
+            self._stop(view)
+
+    def _learn_length(self, request_id: str, num_output_tokens: int) -> None:
+        if num_output_tokens and (assignment := self._assignments.get(request_id)) is not None:
+            request = assignment.request
+            self._fleet.lengths.learn(len(request.prompt_ids), num_output_tokens // request.sampling.n)
 
     def _on_handed_over(self, request_id: str, owner: str) -> None:
         if (assignment := self._assignments.get(request_id)) is None:
             return
         assignment.owner = owner
-        self._forget_expected(request_id)
+        self._fleet.move_home(request_id, assignment.home, owner)
+        assignment.home = owner
         if owner in self._dead:
             self._fail(request_id, f"instance {owner} died while it held this request", "instance_died")
         elif self._is_stalled(owner):
@@ -226,24 +334,33 @@ class Controller:
     def _on_exited(self, message: InstanceExited) -> None:
         """What it held ends with an error; everyone forgets it."""
         self._dead.add(message.instance)
-        if (gone := self._views.pop(message.instance, None)) is None:
+        if (gone := self._fleet.remove(message.instance)) is None:
+            self._num_wanted -= RESTART_MARK not in message.instance  # one that was added could not start
             return
+        self._forget_newcomer(message.instance)
         self.gone_addresses.append(gone.peer.address)
         for view in self._views.values():
             self._send(view.peer.address, PeerDown(message.instance))
         for request_id in [r for r, a in self._assignments.items() if a.owner == message.instance]:
             self._fail(request_id, f"instance {message.instance} died while it held this request", "instance_died")
-        self._admit_newcomers()
         self._broadcast_status()
 
-    def _on_stalled(self, name: str) -> None:
+    def _forget_newcomer(self, name: str) -> None:
+        """Nobody waits for it any more."""
+        self._missing.pop(name, None)
+        for missing in self._missing.values():
+            missing.discard(name)
+        self._admit_complete()
+
+    def _on_stalled(self, view: InstanceView) -> None:
         """Nothing has been heard of it for too long: what it holds ends, and nothing more goes there until it is back.
 
         The `Abort`s wait for it behind what was sent before, so that it runs nothing of this when it wakes.
         """
-        for request_id in [r for r, a in self._assignments.items() if a.owner == name]:
-            self._fail_stalled(request_id, name)
-        self._admit_newcomers()
+        self._fleet.refresh(view)
+        for request_id in [r for r, a in self._assignments.items() if a.owner == view.name]:
+            self._fail_stalled(request_id, view.name)
+        self._forget_newcomer(view.name)
         self._broadcast_status()
 
     def _settle_unanswered(self, view: InstanceView) -> None:
@@ -270,26 +387,71 @@ class Controller:
         self._settle(request_id)
 
     def _settle(self, request_id: str) -> None:
-        if self._assignments.pop(request_id, None) is None:
+        if (assignment := self._assignments.pop(request_id, None)) is None:
             return
-        self._settled[request_id] = None
+        self._fleet.leave(request_id, assignment.home)
+        self._remember(Accepted(request_id))
+
+    def _remember(self, answer: Accepted | Rejected) -> None:
+        self._settled[answer.request_id] = answer
         if len(self._settled) > _MAX_SETTLED:
             del self._settled[next(iter(self._settled))]
-        self._forget_expected(request_id)
 
-    def _forget_expected(self, request_id: str) -> None:
-        for view in self._views.values():
-            view.expected.pop(request_id, None)
+    # --- roles and scale -------------------------------------------------------------------------------------------
+
+    def _set_roles(self, now_s: float) -> None:
+        verdict = self._fleet.look(now_s)
+        self.regime = verdict.regime
+        for name, role in verdict.flips:
+            view = self._views[name]
+            view.wanted_role, view.flipped_s = role, now_s
+            self._fleet.refresh(view)
+            self._send(view.peer.address, SetRole(role))
+        if verdict.scale > 0:
+            self._scale_out()
+        elif verdict.scale < 0:
+            self._scale_in()
+
+    def _scale_out(self) -> None:
+        """Ask for one more, of the role that there is less of."""
+        num_instances = max(len(self._views), self._num_wanted)
+        if self._launcher_address is None or num_instances >= self._scheduling.max_instances:
+            return
+        roles = [view.wanted_role for view in self._views.values()]
+        role = Role.MIXED if Role.MIXED in roles else min((Role.PREFILL, Role.DECODE), key=roles.count)
+        self._num_wanted = num_instances + 1
+        self._send(self._launcher_address, StartInstance(role))
+
+    def _scale_in(self) -> None:
+        num_available = sum(view.is_available for view in self._views.values())
+        if not self._scheduling.min_instances or num_available <= self._scheduling.min_instances:
+            return
+        if self._launcher_address is not None and (view := self._fleet.to_retire()) is not None:
+            view.is_draining = True
+            self._fleet.refresh(view)
+            self._send(view.peer.address, Drain())
+
+    def _stop(self, view: InstanceView) -> None:
+        """It holds nothing any more, and nothing is on its way to it."""
+        if self._launcher_address is not None and not view.has_unseen and not view.homes:
+            self._num_wanted -= 1
+            view.is_stopping = True
+            self._send(self._launcher_address, StopInstance(view.name))
 
     # --- status ----------------------------------------------------------------------------------------------------
 
+    def statuses(self) -> list[InstanceStatus]:
+        """What is known of every instance."""
+        return [view.status() for view in self._views.values()]
+
     def _status(self) -> ClusterStatus:
-        room = max((view.peer.pool.num_blocks * view.block_size for view in self._views.values()), default=0)
+        room = max((view.pool_tokens for view in self._views.values()), default=0)
         if self._model is not None:
             room = min(room, self._model.max_model_tokens)
-        statuses = [view.status() for view in self._views.values()]
         is_ready = self._was_complete and any(view.is_available for view in self._views.values())
-        return ClusterStatus(is_ready, self._model, room, statuses)
+        return ClusterStatus(
+            is_ready, self._model, room, self.statuses(), self.regime, len(self.flips), self._overload.num_refused
+        )  # fmt: skip
 
     def _broadcast_status(self) -> None:
         for address in self._frontends.values():

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from flowkv import __version__
 from flowkv.config import ClusterConfig
 from flowkv.messages import (
+    RESTART_MARK,
     ControllerBeat,
     Dismissed,
     InstanceExited,
@@ -62,13 +63,17 @@ class Nodes:
 
     def refusal(self, message: Register) -> str | None:
         """Why an instance cannot be taken: its node is not there, or has gone before this came."""
-        if (name := _node_name(message.peer.instance)) is None:
+        if (name := node_name(message.peer.instance)) is None:
             return None
         node = next((node for node in self._nodes.values() if node.name == name), None)
         if node is None:
             return f"its node {name} is not part of this cluster"
         node.instances.add(message.peer.instance)
         return None
+
+    def launcher_address(self, instance: str) -> str | None:
+        """Of the node that runs it; None if that is the controller's own, or has gone."""
+        return next((node.address for node in self._nodes.values() if instance in node.instances), None)
 
     def on_exited(self, instance: str) -> None:
         for node in self._nodes.values():
@@ -140,12 +145,7 @@ class Nodes:
         self._out.append((address, message))
 
 
-def is_of_other_node(message: Register) -> bool:
-    """Whether an instance was started by a joined node, not by the controller's own."""
-    return _node_name(message.peer.instance) is not None
-
-
-def _node_name(instance: str) -> str | None:
-    """Of `decode-0@node-1~2`: `node-1`."""
+def node_name(instance: str) -> str | None:
+    """Of `decode-0@node-1~2`: `node-1`. None: it was started by the controller's own node."""
     _, separator, node = instance.partition(NODE_SEPARATOR)
-    return node.partition("~")[0] if separator else None
+    return node.partition(RESTART_MARK)[0] if separator else None

@@ -8,7 +8,7 @@ import zmq
 
 from flowkv.auth import ClusterKey
 from flowkv.cluster.controller import Controller
-from flowkv.cluster.nodes import Nodes, is_of_other_node
+from flowkv.cluster.nodes import Nodes, node_name
 from flowkv.config import ClusterConfig
 from flowkv.errors import FlowKVError, ProtocolError
 from flowkv.messages import (
@@ -23,6 +23,7 @@ from flowkv.messages import (
     Register,
     RegistrationRefused,
     StartFailed,
+    StopInstance,
 )
 from flowkv.wire import Mailbox, Outbox, SyncContext
 
@@ -73,7 +74,8 @@ class _Service:
         self._mailbox = mailbox
         self._outbox = outbox
         self._controller = Controller(
-            len(config.roles), spec.epoch, config.transfer.backend, config.transfer.lease_s
+            len(config.roles), spec.epoch, config.transfer.backend, config.transfer.lease_s,
+            slo=config.slo, scheduling=config.scheduling, launcher_address=spec.launcher_address,
         )  # fmt: skip
         self._epoch = spec.epoch
         self._awaits_own = bool(config.roles)  # an instance of this node, which has not registered yet
@@ -103,7 +105,7 @@ class _Service:
                 self._nodes.handle(message, time.monotonic())
                 for exited in self._nodes.take_exits():
                     self._on_exited(exited)
-            case Register() if is_of_other_node(message) and self._awaits_own:
+            case Register() if node_name(message.peer.instance) is not None and self._awaits_own:
                 self._early.append(message)  # what is served here says this node, not who is quickest
             case Register() if (reason := self._nodes.refusal(message)) is not None:
                 self._outbox.send_last(message.peer.address, RegistrationRefused(reason))
@@ -125,7 +127,8 @@ class _Service:
             self._handle(message)
 
     def _on_exited(self, message: InstanceExited) -> None:
-        _logger.warning("instance %s is gone: %s", message.instance, message.reason)
+        if node_name(message.instance) is not None:  # that of this node is its launcher's to tell
+            _logger.warning("instance %s is gone: %s", message.instance, message.reason)
         self._tell_controller(message)
 
     def _tell_controller(self, message: Message) -> None:
@@ -136,6 +139,8 @@ class _Service:
 
     def _send_all(self) -> None:
         for to, answer in self._controller.take_messages() + self._nodes.take_messages():
+            if isinstance(answer, StopInstance):  # the controller knows of one launcher only
+                to = self._nodes.launcher_address(answer.instance) or to
             is_last = isinstance(answer, Dismissed | RegistrationRefused)
             (self._outbox.send_last if is_last else self._outbox.send)(to, answer)
         for text in self._nodes.take_notes():

@@ -1,0 +1,175 @@
+"""All instances together: who could take a request, what is predicted of it there, and who should take which role."""
+
+from collections.abc import Iterable
+
+from flowkv.cluster.columns import Columns
+from flowkv.cluster.demand import Demand
+from flowkv.cluster.lengths import OutputLengths
+from flowkv.cluster.load import Home, InstanceView
+from flowkv.cluster.policy import POLICIES, Ask
+from flowkv.cluster.roles import Rating, RolePolicy, Verdict
+from flowkv.cluster.scheduler import Placement, place
+from flowkv.config import SchedulingConfig, SloConfig
+from flowkv.cost import LearntCost
+from flowkv.messages import LoadReport, Register, StepSample
+from flowkv.types import Request, Role
+
+_HORIZON_S = 5.0  # within which a queue should be gone
+_TARGET = 0.85  # of the bound on TPOT, or of a full pool
+_RELAXED_STEPS = 3.0  # where there is no bound: how many times as long as one alone a step may take
+_MAX_RATING = 1e9  # where nothing comes
+_MIN_STEP_S = 1e-3
+_MIN_COST_SAMPLES = 3
+
+
+class Fleet:
+    """Views by name, and what is known of the work as a whole."""
+
+    def __init__(self, slo: SloConfig, scheduling: SchedulingConfig) -> None:
+        self.views: dict[str, InstanceView] = {}
+        self.lengths = OutputLengths()
+        self._slo = slo
+        self._scheduling = scheduling
+        self._policy = POLICIES[scheduling.policy]
+        self._columns = Columns()
+        self._common_cost = LearntCost()  # of all instances: what is believed of one that has shown nothing yet
+        self._demand = Demand()
+        self._roles = RolePolicy()
+
+    @property
+    def is_flexible(self) -> bool:
+        return self._scheduling.roles == "flexible"
+
+    # --- instances -------------------------------------------------------------------------------------------------
+
+    def add(self, message: Register) -> InstanceView:
+        view = InstanceView(message, self._slo.max_step_s, self._common_cost)
+        self.views[view.name] = view
+        self._columns.add(view.name)
+        self.refresh(view)
+        return view
+
+    def remove(self, name: str) -> InstanceView | None:
+        view = self.views.pop(name, None)
+        if view is not None:
+            self._columns.remove(name)
+        return view
+
+    def refresh(self, view: InstanceView) -> None:
+        """Something about it has changed."""
+        self._columns.write(view.name, view.row())
+
+    def apply(self, report: LoadReport, now_s: float) -> bool:
+        """True if the report proves a flip."""
+        view = self.views[report.instance]
+        has_flipped = view.apply(report, now_s)
+        for step in report.steps:
+            self._learn(step)
+        self.refresh(view)
+        return has_flipped
+
+    def _learn(self, step: StepSample) -> None:
+        self._common_cost.learn(
+            step.prefill_tokens, step.prefill_pairs, step.decode_choices, step.decode_context_tokens, step.seconds,
+            step.num_steps,
+        )  # fmt: skip
+
+    # --- requests --------------------------------------------------------------------------------------------------
+
+    def ask(self, request: Request) -> Ask:
+        sampling = request.sampling
+        return Ask(
+            num_prompt_tokens=len(request.prompt_ids),
+            num_output_tokens=self.lengths.predict(len(request.prompt_ids), sampling.max_tokens),
+            num_choices=sampling.n,
+            max_total_tokens=request.max_total_tokens,
+            priority=request.priority,
+            is_deferred=request.is_deferred,
+            slo=self._slo,
+        )
+
+    def place(self, ask: Ask, request: Request) -> Placement | None:
+        """None if no instance that takes requests can hold it."""
+        is_short = request.sampling.max_tokens <= 1
+        return place(ask, self._columns, self._policy, is_flexible=self.is_flexible, is_short=is_short)
+
+    def come(self, ask: Ask, now_s: float) -> None:
+        """Count a request, whatever becomes of it, as demand."""
+        self._demand.add(ask.num_prompt_tokens, ask.num_output_tokens * ask.num_choices, now_s)
+
+    def assign(self, request: Request, ask: Ask, placement: Placement) -> int:
+        """Count a request that is being sent to its place; its dispatch sequence number there."""
+        prefill = self.views[placement.prefill]
+        sequence = prefill.dispatched(request)
+        tokens = ask.num_prompt_tokens + ask.num_choices * ask.num_output_tokens / 2
+        home = self.views[placement.decode[0]] if placement.decode else prefill
+        is_near = not request.is_deferred  # nobody knows when such a one will come
+        home.add_home(request.request_id, Home(tokens, ask.num_choices) if is_near else Home(0.0, 0))
+        self.refresh(prefill)
+        self.refresh(home)
+        return sequence
+
+    def move_home(self, request_id: str, source: str, target: str) -> None:
+        """It decodes elsewhere than was thought."""
+        if source == target or (view := self.views.get(source)) is None:
+            return
+        home = view.homes.get(request_id)
+        self.leave(request_id, source)
+        if home is not None and (taker := self.views.get(target)) is not None:
+            taker.add_home(request_id, home)
+            self.refresh(taker)
+
+    def leave(self, request_id: str, name: str) -> None:
+        """It is over, or goes elsewhere."""
+        if (view := self.views.get(name)) is not None:
+            view.remove_home(request_id)
+            self.refresh(view)
+
+    # --- roles -----------------------------------------------------------------------------------------------------
+
+    def look(self, now_s: float) -> Verdict:
+        """At the whole cluster, at a beat."""
+        verdict = self._roles.look(list(self._ratings(now_s)))
+        return verdict if self.is_flexible else Verdict(verdict.regime, [], verdict.scale)
+
+    def _ratings(self, now_s: float) -> Iterable[Rating]:
+        views = [view for view in self.views.values() if view.is_available]
+        num_queued = sum(view.queued_tokens for view in views)
+        num_decoding = sum(view.load.num_decoding for view in views)
+        prompt_tokens_per_s = self._demand.prompt_tokens_per_s(now_s) + num_queued / _HORIZON_S
+        mean_prompt = max(1.0, self._demand.mean_prompt_tokens(now_s))
+        mean_held = max(mean_prompt, self._demand.mean_held_tokens(now_s))
+        output_tokens_per_s = self._demand.output_tokens_per_s(now_s)
+        for view in views:
+            prefill_per_s = mean_prompt / max(1e-9, view.prompt_s(int(mean_prompt)))
+            step_s = max(_MIN_STEP_S, self._target_step_s(view))
+            choices = _TARGET * view.decode_capacity(step_s, mean_held)
+            by_rate = choices / step_s / output_tokens_per_s if output_tokens_per_s > 0 else _MAX_RATING
+            by_number = choices / num_decoding if num_decoding else _MAX_RATING
+            prefill = _TARGET * prefill_per_s / prompt_tokens_per_s if prompt_tokens_per_s > 0 else _MAX_RATING
+            load = view.queued_tokens + view.load.num_decoding
+            yield Rating(view.name, view.role, prefill, min(by_rate, by_number), load, self._may_flip(view, now_s))
+
+    def _target_step_s(self, view: InstanceView) -> float:
+        if self._slo.tpot_s is not None:
+            return _TARGET * self._slo.tpot_s
+        return _RELAXED_STEPS * view.cost.coefficients().d0
+
+    def _may_flip(self, view: InstanceView, now_s: float) -> bool:
+        has_proved = view.role is view.wanted_role
+        return has_proved and now_s - view.flipped_s >= self._scheduling.dwell_s and self.knows_costs
+
+    @property
+    def knows_costs(self) -> bool:
+        """Enough steps were seen for predictions to mean something."""
+        return self._common_cost.num_samples >= _MIN_COST_SAMPLES
+
+    def to_retire(self) -> InstanceView | None:
+        """Who holds least, of those that are not the last of their role; None if nobody can go."""
+        views = [view for view in self.views.values() if view.is_available]
+        roles = [view.wanted_role for view in views]
+
+        def is_spare(view: InstanceView) -> bool:
+            return roles.count(view.wanted_role) > 1 or (Role.MIXED in roles and len(views) > 1)
+
+        return min(filter(is_spare, views), key=lambda view: len(view.homes) + view.queued_tokens, default=None)
