@@ -24,9 +24,8 @@ def child_main(name: str, orphaned_folders: list[str], target: Callable[..., obj
     Ctrl-C and a closed terminal reach the whole process group; only the launcher heeds them, and sends SIGTERM.
     `orphaned_folders` are removed at the end if the launcher is dead by then.
     """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, once(sys.exit))
+    for number in STOP_SIGNALS:  # SIGTERM is never ignored: it may be here already
+        signal.signal(number, once(sys.exit) if number == signal.SIGTERM else signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the launcher had blocked them for this moment
     Path("/proc/self/comm").write_text(name)  # the kernel keeps 15 characters of it
     _die_with_launcher(signal.SIGTERM if orphaned_folders else signal.SIGKILL)

@@ -1,27 +1,35 @@
 """Prometheus metrics of a cluster, as its frontend sees them.
 
 Latencies and token counts are measured by the frontend; the rest is what each instance reports of itself, exported
-under its name. An instance that is started again has a new name, so its totals start a new series at zero.
+under its name. An instance that is started again has a new name, so its totals start a new series at zero. Its role is
+a label of what it holds at a moment, never of a total: a role may change, and a total must not begin anew with it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from flowkv.types import FinishReason, InstanceStatus
+from flowkv.types import FinishReason, InstanceStatus, Regime
 
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.4, 1.0, 2.5)
 
 LOAD_GAUGES = {
     "num_waiting": ("waiting", "Requests whose prefill has not started"),
+    "num_preempted": ("preempted", "Of the waiting requests those whose blocks were taken to run others"),
     "num_prefilling": ("prefilling", "Requests in prefill"),
     "num_decoding": ("decoding", "Choices in the decode queue"),
     "num_sending": ("sending", "Requests prefilled here whose KV has not reached its decode instance"),
     "num_receiving": ("receiving", "Requests reserved here whose KV is not here yet"),
     "waiting_tokens": ("waiting_tokens", "Prompt tokens still to be computed"),
+    "waiting_pairs": ("waiting_pairs", "Pairs of such a token and a position that it attends to"),
+    "deferred_tokens": ("deferred_tokens", "Prompt tokens of requests that let all others pass; not in waiting_tokens"),
+    "deferred_pairs": ("deferred_pairs", "Pairs of such a token and a position that it attends to"),
+    "decode_context_tokens": ("decode_context_tokens", "KV slots that one step of the decode queue reads"),
     "free_blocks": ("blocks_free", "KV blocks free"),
     "used_blocks": ("blocks_used", "KV blocks in use, reserved ones included"),
     "reserved_blocks": ("blocks_reserved", "KV blocks being filled by a peer"),
@@ -57,27 +65,85 @@ LINK_COUNTERS = {
 }
 
 
-class InstancesCollector(Collector):
-    """What the instances last reported. `statuses` is called at every scrape."""
+FLAGS = {
+    "is_stalled": (
+        "stalled",
+        "1 where nothing has been heard of it for too long: it gets no requests until it is heard again",
+    ),
+    "is_draining": ("draining", "1 where it finishes what it has and then ends: it gets no requests"),
+}
 
-    def __init__(self, statuses: Callable[[], Iterable[InstanceStatus]]) -> None:
-        self._statuses = statuses
+
+class Cluster(Protocol):
+    """What is exported of a cluster's status, whatever carries it here."""
+
+    @property
+    def instances(self) -> Sequence[InstanceStatus]: ...
+
+    @property
+    def regime(self) -> Regime: ...
+
+    @property
+    def num_refused(self) -> int: ...
+
+
+class ClusterCollector(Collector):
+    """What controller and instances last reported. `cluster` is called at every scrape; None: nothing is known yet."""
+
+    def __init__(self, cluster: Callable[[], Cluster | None]) -> None:
+        self._cluster = cluster
 
     def describe(self) -> Iterable[Metric]:
         return []
 
     def collect(self) -> Iterator[Metric]:
-        statuses = list(self._statuses())
-        yield from self._gauges(statuses)
-        for field, (name, text) in COUNTERS.items():
-            counter = CounterMetricFamily(f"flowkv_instance_{name}", text, labels=["instance", "role"])
-            for status in statuses:
-                counter.add_metric([status.name, status.role], getattr(status.counters, field))
-            yield counter
-        yield from self._links(statuses)
+        if (cluster := self._cluster()) is None:
+            return
+        yield from self._controller(cluster)
+        yield from self._gauges(cluster.instances)
+        yield from self._counters(cluster.instances)
+        yield from self._links(cluster.instances)
 
     @staticmethod
-    def _links(statuses: list[InstanceStatus]) -> Iterator[Metric]:
+    def _controller(cluster: Cluster) -> Iterator[Metric]:
+        text = "1 for the regime that the cluster is in, 0 for the others"
+        regime = GaugeMetricFamily("flowkv_cluster_regime", text, labels=["regime"])
+        for value in Regime:
+            regime.add_metric([value], cluster.regime is value)
+        yield regime
+        text = "Requests that admission by SLO turned away"
+        yield CounterMetricFamily("flowkv_requests_refused_by_admission", text, value=cluster.num_refused)
+        flips = CounterMetricFamily("flowkv_role_flips", "Changes of its role by the controller", labels=["instance"])
+        for status in cluster.instances:
+            flips.add_metric([status.name], status.num_flips)
+        yield flips
+
+    @staticmethod
+    def _gauges(statuses: Sequence[InstanceStatus]) -> Iterator[Metric]:
+        """The role is that of now: the series of another role ends when it changes."""
+
+        def gauge(name: str, text: str, value: Callable[[InstanceStatus], float]) -> Metric:
+            family = GaugeMetricFamily(f"flowkv_instance_{name}", text, labels=["instance", "role"])
+            for status in statuses:
+                family.add_metric([status.name, status.role], value(status))
+            return family
+
+        for field, (name, text) in LOAD_GAUGES.items():
+            yield gauge(name, text, attrgetter(f"load.{field}"))
+        yield gauge("blocks_total", "KV blocks of the pool", attrgetter("num_blocks"))
+        for field, (name, text) in FLAGS.items():
+            yield gauge(name, text, attrgetter(field))
+
+    @staticmethod
+    def _counters(statuses: Sequence[InstanceStatus]) -> Iterator[Metric]:
+        for field, (name, text) in COUNTERS.items():
+            counter = CounterMetricFamily(f"flowkv_instance_{name}", text, labels=["instance"])
+            for status in statuses:
+                counter.add_metric([status.name], getattr(status.counters, field))
+            yield counter
+
+    @staticmethod
+    def _links(statuses: Sequence[InstanceStatus]) -> Iterator[Metric]:
         """One series a direction; a link that is up is there, with zeros if need be."""
         for field, (name, text) in LINK_COUNTERS.items():
             counter = CounterMetricFamily(f"flowkv_link_{name}", text, labels=["instance", "peer", "backend"])
@@ -86,28 +152,11 @@ class InstancesCollector(Collector):
                     counter.add_metric([status.name, link.peer, link.backend], getattr(link, field))
             yield counter
 
-    @staticmethod
-    def _gauges(statuses: list[InstanceStatus]) -> Iterator[Metric]:
-        for field, (name, text) in LOAD_GAUGES.items():
-            gauge = GaugeMetricFamily(f"flowkv_instance_{name}", text, labels=["instance", "role"])
-            for status in statuses:
-                gauge.add_metric([status.name, status.role], getattr(status.load, field))
-            yield gauge
-        total = GaugeMetricFamily("flowkv_instance_blocks_total", "KV blocks of the pool", labels=["instance", "role"])
-        for status in statuses:
-            total.add_metric([status.name, status.role], status.num_blocks)
-        yield total
-        text = "1 where nothing has been heard of it for too long: it gets no requests until it is heard again"
-        stalled = GaugeMetricFamily("flowkv_instance_stalled", text, labels=["instance", "role"])
-        for status in statuses:
-            stalled.add_metric([status.name, status.role], status.is_stalled)
-        yield stalled
-
 
 class FrontendMetrics:
     """One registry a frontend; nothing global, so that several may live in one process."""
 
-    def __init__(self, statuses: Callable[[], Iterable[InstanceStatus]]) -> None:
+    def __init__(self, cluster: Callable[[], Cluster | None]) -> None:
         self.registry = CollectorRegistry()
         self.ttft_s = self._histogram("ttft", "Arrival to first token", LATENCY_BUCKETS_S)
         self.itl_s = self._histogram("itl", "Gap between two output tokens of a choice", ITL_BUCKETS_S)
@@ -121,7 +170,7 @@ class FrontendMetrics:
         self._refused = Counter("flowkv_requests_refused", refused, ["status"], registry=self.registry)
         for reason in FinishReason:
             self._finished.labels(reason.value)
-        self.registry.register(InstancesCollector(statuses))
+        self.registry.register(ClusterCollector(cluster))
 
     def count_finished(self, reason: FinishReason) -> None:
         self._finished.labels(reason.value).inc()

@@ -1,8 +1,9 @@
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
+from flowkv.messages import ClusterStatus
 from flowkv.metrics import COUNTERS, LOAD_GAUGES, FrontendMetrics
-from flowkv.types import FinishReason, InstanceCounters, InstanceLoad, InstanceStatus, Role
+from flowkv.types import FinishReason, InstanceCounters, InstanceLoad, InstanceStatus, Regime, Role
 
 
 def samples(metrics: FrontendMetrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -21,6 +22,10 @@ def status(name: str, **counters: float) -> InstanceStatus:
     )
 
 
+def cluster(*statuses: InstanceStatus, regime: Regime = Regime.NORMAL, num_refused: int = 0) -> ClusterStatus:
+    return ClusterStatus(True, None, 100, list(statuses), regime, num_refused=num_refused)
+
+
 def labels(**pairs: str) -> frozenset[tuple[str, str]]:
     return frozenset(pairs.items())
 
@@ -31,38 +36,69 @@ def test_every_field_of_load_and_counters_is_exported() -> None:
 
 
 def test_instances_are_exported_as_they_last_reported() -> None:
-    statuses = [status("d0.1", transfer_bytes=1000, num_steps=7, transfer_exposed_seconds=0.5)]
-    metrics = FrontendMetrics(lambda: statuses)
-    d0 = labels(instance="d0.1", role="decode")
-    found = samples(metrics)
+    shown = cluster(status("d0.1", transfer_bytes=1000, num_steps=7, transfer_exposed_seconds=0.5))
+    found = samples(FrontendMetrics(lambda: shown))
+    d0, total = labels(instance="d0.1", role="decode"), labels(instance="d0.1")
     assert found["flowkv_instance_decoding", d0] == 3
     assert found["flowkv_instance_blocks_used", d0] == 4
     assert found["flowkv_instance_blocks_reserved", d0] == 1
     assert found["flowkv_instance_blocks_total", d0] == 64
-    assert found["flowkv_instance_transfer_bytes_total", d0] == 1000
-    assert found["flowkv_instance_steps_total", d0] == 7
-    assert found["flowkv_instance_transfer_exposed_seconds_total", d0] == 0.5
+    assert found["flowkv_instance_transfer_bytes_total", total] == 1000
+    assert found["flowkv_instance_steps_total", total] == 7
+    assert found["flowkv_instance_transfer_exposed_seconds_total", total] == 0.5
 
 
-def test_a_stalled_instance_is_shown() -> None:
-    statuses = [status("d0"), msgspec.structs.replace(status("d1"), is_stalled=True)]
-    found = samples(FrontendMetrics(lambda: statuses))
-    stalled = [found["flowkv_instance_stalled", labels(instance=name, role="decode")] for name in ("d0", "d1")]
-    assert stalled == [0, 1]
+def test_stalled_and_draining_instances_are_shown() -> None:
+    shown = [
+        status("d0"),
+        msgspec.structs.replace(status("d1"), is_stalled=True),
+        msgspec.structs.replace(status("d2"), is_draining=True),
+    ]
+    found = samples(FrontendMetrics(lambda: cluster(*shown)))
+
+    def flags(name: str) -> list[float]:
+        return [found[f"flowkv_instance_{name}", labels(instance=f"d{i}", role="decode")] for i in range(3)]
+
+    assert flags("stalled") == [0, 1, 0]
+    assert flags("draining") == [0, 0, 1]
 
 
 def test_a_restarted_instance_starts_a_new_series() -> None:
-    statuses = [status("d0.1", num_steps=7)]
-    metrics = FrontendMetrics(lambda: statuses)
-    assert samples(metrics)["flowkv_instance_steps_total", labels(instance="d0.1", role="decode")] == 7
-    statuses[:] = [status("d0.2", num_steps=1)]
+    shown = cluster(status("d0.1", num_steps=7))
+    metrics = FrontendMetrics(lambda: shown)
+    assert samples(metrics)["flowkv_instance_steps_total", labels(instance="d0.1")] == 7
+    shown = cluster(status("d0.2", num_steps=1))
     found = samples(metrics)
-    assert found["flowkv_instance_steps_total", labels(instance="d0.2", role="decode")] == 1
-    assert ("flowkv_instance_steps_total", labels(instance="d0.1", role="decode")) not in found
+    assert found["flowkv_instance_steps_total", labels(instance="d0.2")] == 1
+    assert ("flowkv_instance_steps_total", labels(instance="d0.1")) not in found
+
+
+def test_a_change_of_role_ends_the_gauges_of_the_old_one_and_goes_on_with_the_totals() -> None:
+    shown = cluster(status("d0", num_steps=7))
+    metrics = FrontendMetrics(lambda: shown)
+    before = samples(metrics)
+    shown = cluster(msgspec.structs.replace(status("d0", num_steps=9), role=Role.PREFILL, num_flips=1))
+    after = samples(metrics)
+    assert ("flowkv_instance_decoding", labels(instance="d0", role="decode")) not in after
+    assert after["flowkv_instance_decoding", labels(instance="d0", role="prefill")] == 3
+    totals = [found["flowkv_instance_steps_total", labels(instance="d0")] for found in (before, after)]
+    flips = [found["flowkv_role_flips_total", labels(instance="d0")] for found in (before, after)]
+    assert (totals, flips) == ([7, 9], [0, 1])
+
+
+def test_the_regime_and_what_admission_refused() -> None:
+    found = samples(FrontendMetrics(lambda: cluster(regime=Regime.OVERLOADED, num_refused=3)))
+    regimes = {regime for regime in Regime if found["flowkv_cluster_regime", labels(regime=regime)]}
+    assert regimes == {Regime.OVERLOADED}
+    assert found["flowkv_requests_refused_by_admission_total", labels()] == 3
+
+
+def test_a_cluster_that_nobody_knows_yet_has_no_series() -> None:
+    assert not [name for name, _ in samples(FrontendMetrics(lambda: None)) if "instance" in name or "regime" in name]
 
 
 def test_frontend_metrics_count() -> None:
-    metrics = FrontendMetrics(list)
+    metrics = FrontendMetrics(lambda: None)
     metrics.ttft_s.observe(0.2)
     metrics.itl_s.observe(0.02)
     metrics.e2e_s.observe(1.5)

@@ -30,6 +30,7 @@ class Child:
     process: BaseProcess
     pid_fd: int
     is_ready: bool = False
+    kill_due_s: float | None = None  # it was told to stop, and has until then
 
     def send_signal(self, signum: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -84,8 +85,25 @@ class Children:
     def are_ready(self) -> bool:
         return all(child.is_ready for child in self._children.values())
 
+    def stop(self, name: str) -> None:
+        """Tell it to; what has not ended in a while is killed by `take_gone`. Nothing is to be done if it has ended."""
+        child = self.get(name)
+        if child is not None and child.kill_due_s is None:
+            child.kill_due_s = time.monotonic() + _STOP_TIMEOUT_S
+            child.send_signal(signal.SIGTERM)
+
+    def next_kill_s(self) -> float | None:
+        """Seconds until `take_gone` will have one to kill."""
+        due_s = [child.kill_due_s for child in self._children.values() if child.kill_due_s is not None]
+        return max(0.0, min(due_s) - time.monotonic()) if due_s else None
+
     def take_gone(self) -> list[tuple[Child, str]]:
         """Those that have ended since the last call, each with how."""
+        now_s = time.monotonic()
+        for child in self._children.values():
+            if child.kill_due_s is not None and now_s >= child.kill_due_s:
+                child.kill_due_s = None
+                child.send_signal(signal.SIGKILL)
         gone = [child for child in self._children.values() if child.is_gone()]
         return [(child, self._forget(child)) for child in gone]
 

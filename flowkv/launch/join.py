@@ -15,9 +15,10 @@ from flowkv.cluster.nodes import NODE_SEPARATOR
 from flowkv.config import with_overrides
 from flowkv.errors import ConfigError, FlowKVError
 from flowkv.launch.addresses import check_local, resolve_endpoint, resolve_host, source_address, take_place
+from flowkv.launch.instances import Display
 from flowkv.launch.model import resolve_model
-from flowkv.launch.node import Display, Node, running_node
-from flowkv.messages import ControllerBeat, Dismissed, Join, Leave, NodeBeat, Welcome
+from flowkv.launch.node import Node, running_node
+from flowkv.messages import ControllerBeat, Dismissed, Join, Leave, NodeBeat, StopInstance, Welcome
 from flowkv.types import Role
 from flowkv.wire import Mailbox, tcp_address
 
@@ -75,7 +76,7 @@ class _Membership:
         self._start(welcome)
         while not node.children.are_ready:
             self._turn(welcome)
-        names = ", ".join(node.instances)
+        names = ", ".join(node.instances.names)
         display.ready(f"joined {self._options.controller} as {welcome.node}: {names}; Ctrl-C leaves it")
         while True:
             self._turn(welcome)
@@ -103,7 +104,7 @@ class _Membership:
         )
         self._node.children.start_caretaker(self._node.preload(config), self._node.folders)
         roles = [self._options.role] * self._options.count
-        self._node.start_instances(template, roles, self._host, f"{NODE_SEPARATOR}{welcome.node}")
+        self._node.instances.start(template, roles, self._host, f"{NODE_SEPARATOR}{welcome.node}")
 
     def _turn(self, welcome: Welcome) -> None:
         """FlowKVError if the controller is silent, or wants this node no more."""
@@ -129,6 +130,8 @@ class _Membership:
                     self._welcome = message
                 case ControllerBeat():
                     pass
+                case StopInstance():
+                    self._node.instances.retire(message.instance)
                 case Dismissed():
                     raise FlowKVError(message.reason)
                 case _:

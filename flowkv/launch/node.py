@@ -1,4 +1,4 @@
-"""What every launcher does: start the processes of this node, watch them, start instances again, take all down."""
+"""What every launcher does: start the processes of this node, watch them, take all down."""
 
 import logging
 import multiprocessing
@@ -9,46 +9,25 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import zmq
 
 from flowkv.auth import ClusterKey
 from flowkv.child import STOP_SIGNALS, once
 from flowkv.config import ClusterConfig
-from flowkv.engine.process import InstanceSpec, run_instance
-from flowkv.errors import ConfigError, FlowKVError
-from flowkv.launch.children import Child, Children
-from flowkv.messages import InstanceExited, Note, Progress, Ready, StartFailed
+from flowkv.engine.process import InstanceSpec
+from flowkv.launch.children import Children
+from flowkv.launch.instances import Display, Instances
+from flowkv.messages import Note, Progress, Ready, StartFailed, StartInstance, StopInstance
 from flowkv.types import Role
 from flowkv.wire import Mailbox, Outbox, SyncContext, tcp_address
 
-_MAX_FAILED_STARTS = 3  # of one instance in a row, before the launcher gives up on it
 _TOY_MODULES = ["flowkv.engine.process", "flowkv.cluster.service", "flowkv.server.process"]
 
 _logger = logging.getLogger(__name__)
-
-
-class Display(Protocol):
-    """Where a launcher shows what its processes are doing."""
-
-    def progress(self, process: str, fraction: float, text: str) -> None: ...
-
-    def ready(self, text: str) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-
-@dataclass(slots=True)
-class _Seat:
-    """A place for one instance after another."""
-
-    spec: InstanceSpec
-    epoch: int = 0
-    num_failed_starts: int = 0
 
 
 class Node:
@@ -69,8 +48,8 @@ class Node:
         self.poller = zmq.Poller()
         self.poller.register(self._mailbox.socket, zmq.POLLIN)
         self.children = Children(self.poller)
-        self._seats: dict[str, _Seat] = {}  # by the name of the instance in it
         self._forkserver = multiprocessing.get_context("forkserver")
+        self.instances = Instances(self.children, display, self.outbox, run_folder, self._forkserver)
         self.url = ""  # of the frontend, when it is ready
 
     def ipc_address(self, process: str) -> str:
@@ -79,10 +58,6 @@ class Node:
     def mailbox_address(self, process: str, host: str | None) -> str:
         """Where a process listens: on the network if this node has a `host` there."""
         return self.ipc_address(process) if host is None else tcp_address(host, "*")
-
-    @property
-    def instances(self) -> list[str]:
-        return list(self._seats)
 
     # --- starting --------------------------------------------------------------------------------------------------
 
@@ -106,7 +81,7 @@ class Node:
         epoch: str,
         place: socket.socket | None = None,
     ) -> InstanceSpec:
-        """What the instances of this node have in common; `start_instances` fills in the rest for each."""
+        """What the instances of this node have in common; `Instances.start` fills in the rest for each."""
         return InstanceSpec(
             name="",
             role=Role.MIXED,
@@ -123,38 +98,16 @@ class Node:
             place=place,
         )
 
-    def start_instances(self, template: InstanceSpec, roles: list[Role], host: str | None, suffix: str = "") -> None:
-        """One for each role, like `template`, named by role and number."""
-        cores = len(os.sched_getaffinity(0))
-        num_instances = max(1, len(roles))
-        threads = template.config.engine.threads or max(1, (cores - 1) // num_instances)  # one is left for all others
-        for index, role in enumerate(roles):
-            name = f"{role}-{roles[:index].count(role)}{suffix}"
-            spec = replace(
-                template, name=name, role=role, threads=threads, address=self.mailbox_address(name, host),
-                num_local_instances=num_instances,
-            )  # fmt: skip
-            self._fill(_Seat(spec))
-
-    def _fill(self, seat: _Seat) -> None:
-        """Start the seat's instance, under a name that no earlier one had."""
-        spec = seat.spec
-        name = f"{spec.name}~{seat.epoch}" if seat.epoch else spec.name
-        address = self.ipc_address(name) if spec.address.startswith("ipc://") else spec.address
-        spec = replace(spec, name=name, address=address, pool_address=f"{self.run_folder}/{name}.pool")
-        self._seats[name] = seat
-        self.display.progress(name, 0.0, "starting")
-        self.children.start(name, self._forkserver, run_instance, spec)
-
     # --- watching --------------------------------------------------------------------------------------------------
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Until something happens. FlowKVError if it ends this node."""
-        self.poller.poll(None if timeout_s is None else int(timeout_s * 1000))
+        limits_s = [limit_s for limit_s in (timeout_s, self.children.next_kill_s()) if limit_s is not None]
+        self.poller.poll(int(min(limits_s) * 1000) if limits_s else None)
         for message in self._mailbox.receive_all():
             self._handle(message)
         for child, how in self.children.take_gone():
-            self._on_exit(child, how)
+            self.instances.on_exit(child, how)
 
     def _handle(self, message: object) -> None:
         match message:
@@ -165,7 +118,11 @@ class Node:
             case Ready():
                 self._on_ready(message)
             case StartFailed():
-                self._on_start_failed(message)
+                self.instances.on_start_failed(message)
+            case StartInstance():
+                self.instances.add(message.role)
+            case StopInstance():
+                self.instances.retire(message.instance)
             case _:
                 _logger.warning("the launcher does not take a %s", type(message).__name__)
 
@@ -175,34 +132,7 @@ class Node:
         child.is_ready = True
         self.url = message.url or self.url
         self.display.progress(message.process, 1.0, "ready")
-        if message.process in self._seats:
-            self._seats[message.process].num_failed_starts = 0
-
-    def _on_start_failed(self, message: StartFailed) -> None:
-        """Fatal while the node starts; one that was to replace another is counted when its process has ended."""
-        text = f"{message.process}: {message.reason}"
-        seat = self._seats.get(message.process)
-        if seat is None or seat.epoch == 0:
-            raise ConfigError(text)
-        self.display.note(text)
-        if (child := self.children.get(message.process)) is not None:
-            child.send_signal(signal.SIGTERM)
-
-    def _on_exit(self, child: Child, how: str) -> None:
-        """An instance is started again; without its controller or its frontend there is no cluster."""
-        name = child.name
-        if (seat := self._seats.pop(name, None)) is None:
-            raise FlowKVError(f"the {name} {how}")
-        seat.num_failed_starts += not child.is_ready
-        if seat.num_failed_starts and seat.epoch == 0:
-            raise FlowKVError(f"{name} {how} before it was ready")
-        self.outbox.send(seat.spec.controller_address, InstanceExited(name, how, seat.spec.epoch))
-        if seat.num_failed_starts >= _MAX_FAILED_STARTS:
-            self.display.note(f"{name} {how}; it failed to start {seat.num_failed_starts} times and stays down")
-            return
-        self.display.note(f"{name} {how}; starting it again")
-        seat.epoch += 1
-        self._fill(seat)
+        self.instances.on_ready(message.process)
 
 
 @contextmanager
@@ -216,6 +146,8 @@ def running_node(display: Display, key: ClusterKey | None) -> Iterator[Node]:
             yield Node(display, run_folder, stack, key)
         except _StopRequested:
             display.note("stopping")
+        finally:
+            _ignore_signals()  # where a breakdown ends this the first is still to come: it must not end the clearing up
 
 
 class _StopRequested(Exception):
@@ -229,3 +161,8 @@ def _stop_on_signals() -> None:
     handler = once(stop)
     for number in STOP_SIGNALS:
         signal.signal(number, handler)
+
+
+def _ignore_signals() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -9,8 +9,9 @@ from flowkv.cluster.service import ControllerSpec, run_controller
 from flowkv.config import ClusterConfig, with_overrides
 from flowkv.errors import ConfigError
 from flowkv.launch.addresses import check_local, resolve_endpoint
+from flowkv.launch.instances import Display
 from flowkv.launch.model import model_name, resolve_model
-from flowkv.launch.node import Display, Node, running_node
+from flowkv.launch.node import Node, running_node
 from flowkv.server.process import run_frontend
 from flowkv.wire import tcp_address
 
@@ -73,7 +74,10 @@ class _Cluster:
         template = self._node.instance_template(
             self._config, self._folder, self._model_name, self._controller_address, self._epoch
         )
-        self._node.start_instances(template, self._config.roles, self._host)
+        scheduling = self._config.scheduling
+        self._node.instances.start(
+            template, self._config.roles, self._host, max_instances=scheduling.max_instances
+        )  # fmt: skip
 
     def _controller_spec(self) -> ControllerSpec:
         """Other nodes look for the model at the same path, unless they are told another."""

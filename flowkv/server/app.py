@@ -1,6 +1,7 @@
 """The HTTP side: OpenAI's routes and those that operators look at, as a Starlette application."""
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import Callable
@@ -37,6 +38,7 @@ def create_app(frontend: Frontend, model_name: str, max_body_bytes: int = DEFAUL
         Route("/health", api.health),
         Route("/ready", api.ready),
         Route("/metrics", api.metrics),
+        Route("/cluster", api.cluster),
         Route("/version", api.version),
     ]
     handlers: dict[Any, Callable[..., Any]] = {
@@ -168,6 +170,10 @@ class Api:
     async def metrics(self, request: Request) -> Response:
         return Response(self._frontend.metrics.render(), media_type="text/plain; version=0.0.4")
 
+    async def cluster(self, request: Request) -> Response:
+        """`ClusterView`."""
+        return _json(self._frontend.view())
+
     async def version(self, request: Request) -> Response:
         return _json({"version": _version()})
 
@@ -182,8 +188,7 @@ class Api:
 
     async def on_request_error(self, request: Request, error: RequestError) -> Response:
         self._frontend.metrics.count_refused(error.status)
-        headers = {"retry-after": "1"} if error.status in (429, 503) else None
-        return Response(error_body(error), error.status, headers, "application/json")
+        return Response(error_body(error), error.status, _retry_headers(error), "application/json")
 
     async def on_http_error(self, request: Request, error: HTTPException) -> Response:
         reason = f"{request.method} {request.url.path}: {error.detail}"
@@ -198,7 +203,14 @@ class Api:
         return Response(body, 500, media_type="application/json")
 
 
-def _json(value: dict[str, Any], status: int = 200) -> Response:
+def _retry_headers(error: RequestError) -> dict[str, str] | None:
+    """`Retry-After` is in whole seconds."""
+    if error.status not in (429, 503):
+        return None
+    return {"retry-after": str(max(1, math.ceil(error.retry_after_s or 0.0)))}
+
+
+def _json(value: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 

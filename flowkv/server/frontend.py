@@ -21,11 +21,12 @@ from flowkv.messages import (
 )
 from flowkv.metrics import FrontendMetrics
 from flowkv.server.choice import Choice, Delta
+from flowkv.server.cluster_view import ClusterView
 from flowkv.server.parameters import Limits
 from flowkv.server.stop_strings import StopStrings
 from flowkv.server.stream import RequestStream
 from flowkv.server.tokenizer import Tokenizer
-from flowkv.types import FinishReason, InstanceStatus, Output, Request
+from flowkv.types import FinishReason, Output, Request
 from flowkv.wire import AsyncMailbox, Outbox
 
 
@@ -68,8 +69,9 @@ class Frontend:
     ) -> None:
         self.tokenizer = tokenizer
         self.status: ClusterStatus | None = None
-        self.metrics = FrontendMetrics(self._instances)
+        self.metrics = FrontendMetrics(lambda: self.status)
         self.now_s = clock
+        self._status_s = clock()
         self._name = name
         self._mailbox = mailbox
         self._outbox = outbox
@@ -89,6 +91,13 @@ class Frontend:
         if self.status is None or self.status.model is None or not self.status.ready:
             raise RequestError("the cluster is not ready yet", status=503, code="not_ready")
         return Limits.of(self.status.model, self.status.max_request_tokens)
+
+    def view(self) -> ClusterView:
+        """What is known of the cluster: nothing yet, before the controller has spoken."""
+        age_s = self.now_s() - self._status_s
+        if self.status is None:
+            return ClusterView(time_s=self._status_s, age_s=age_s)
+        return ClusterView.of(self.status, self._status_s, age_s, self.is_ready)
 
     async def run(self) -> None:
         """Receives until cancelled. Raises `ProtocolError` for a message that is not a frontend's."""
@@ -166,7 +175,7 @@ class Frontend:
             case Rejected():
                 self._on_rejected(message)
             case ClusterStatus():
-                self.status = message
+                self.status, self._status_s = message, self.now_s()
             case _:
                 raise ProtocolError(f"a frontend does not take {type(message).__name__}")
 
@@ -174,7 +183,10 @@ class Frontend:
         live = self._live.pop(message.request_id, None)
         if live is None:
             return
-        error = RequestError(message.message, status=message.status, code=message.code, param=message.param)
+        error = RequestError(
+            message.message, status=message.status, code=message.code, param=message.param,
+            retry_after_s=message.retry_after_s,
+        )  # fmt: skip
         if live.is_answered:  # accepted, and lost since
             for choice in live.choices:
                 if choice.finish_reason is None:
@@ -245,6 +257,3 @@ class Frontend:
         detokenizer = self.tokenizer.detokenizer(skip_special_tokens=options.skip_special_tokens)
         stops = StopStrings(options.stop_strings, options.include_stop)
         return Choice(number, detokenizer, stops, request.sampling.min_tokens)
-
-    def _instances(self) -> list[InstanceStatus]:
-        return [] if self.status is None else self.status.instances

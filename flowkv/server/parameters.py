@@ -55,7 +55,10 @@ def build_request(
         reason = f"min_tokens of {body.min_tokens} is more than the {max_tokens} tokens that can come"
         raise RequestError(reason, param="min_tokens")
     return Request(
-        request_id=request_id, prompt_ids=prompt_ids, sampling=_sampling(body, max_tokens, limits.vocab_size, eos_ids)
+        request_id=request_id,
+        prompt_ids=prompt_ids,
+        sampling=_sampling(body, max_tokens, limits.vocab_size, eos_ids),
+        priority=body.priority or 0,
     )
 
 

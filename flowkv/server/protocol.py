@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 import msgspec
 
 from flowkv.errors import RequestError
+from flowkv.types import DEFERRED
 
 MAX_CHOICES = 2048  # of one body: prompts times n
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
 ROLES = ("system", "developer", "user", "assistant")
+MIN_PRIORITY, MAX_PRIORITY = -(DEFERRED // 2), DEFERRED // 2 - 1
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 
@@ -53,6 +55,7 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     min_p: float | None = None
     n: int | None = None
     seed: int | None = None
+    priority: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
@@ -194,6 +197,7 @@ def _check_common(body: GenerationBody) -> None:
     _check_range("top_k", body.top_k, -1, INT64_MAX)
     _check_range("min_p", body.min_p, 0.0, 1.0)
     _check_range("seed", body.seed, INT64_MIN, INT64_MAX)
+    _check_range("priority", body.priority, MIN_PRIORITY, MAX_PRIORITY)
     _check_range("repetition_penalty", body.repetition_penalty, 0.01, 10.0)
     _check_range("presence_penalty", body.presence_penalty, -2.0, 2.0)
     _check_range("frequency_penalty", body.frequency_penalty, -2.0, 2.0)

@@ -15,6 +15,9 @@ from typing import TypeVar
 
 import httpx
 
+from flowkv.messages import Message
+from flowkv.wire import Outbox, SyncContext
+
 START_TIMEOUT_S = 120.0
 _SERVING = re.compile(r"serving at (http://\S+)")
 
@@ -39,6 +42,7 @@ class Launched:
             env=os.environ | {"TMPDIR": self._tmp.name} | dict(environment or {}),
         )  # fmt: skip
         self.lines: list[str] = []
+        self._has_ended = False
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -62,9 +66,22 @@ class Launched:
                 return pid
         raise AssertionError(f"no process of {name}")
 
+    def run_folder(self) -> Path:
+        """Where its processes meet."""
+        [folder] = [entry for entry in Path(self._tmp.name).iterdir() if entry.name.startswith("flowkv-")]
+        return folder
+
     def files(self) -> list[str]:
         """What it has in the temporary directory, which it has for itself."""
         return [entry.name for entry in Path(self._tmp.name).iterdir()]
+
+    def tell_launcher(self, message: Message) -> None:
+        """As another process of its node would."""
+        context = SyncContext()
+        outbox = Outbox(context)
+        outbox.send(f"ipc://{self.run_folder()}/launcher", message)
+        outbox.close()
+        context.term()
 
     def stop(self, signum: int = signal.SIGTERM) -> int:
         """Signal the launcher and wait; the exit code."""
@@ -88,10 +105,11 @@ class Launched:
                 self.lines.append(line)
                 self._changed.notify_all()
         with self._changed:
+            self._has_ended = True
             self._changed.notify_all()
 
     def _matches(self, pattern: "re.Pattern[str]", after: int) -> bool:
-        return any(pattern.search(line) for line in self.lines[after:]) or self.process.poll() is not None
+        return any(pattern.search(line) for line in self.lines[after:]) or self._has_ended
 
 
 class Server(Launched):
@@ -132,6 +150,9 @@ def cleared_up(launched: LaunchedT) -> Iterator[LaunchedT]:
     """Stop it at the end, and see that it leaves nothing behind."""
     try:
         yield launched
+    except BaseException:
+        print("".join(launched.lines))  # pytest shows it with the failure
+        raise
     finally:
         if launched.process.poll() is None:
             launched.stop()

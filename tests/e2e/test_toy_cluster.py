@@ -5,6 +5,7 @@ import random
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -141,6 +142,20 @@ def test_signals_to_the_whole_group_end_everything_too() -> None:
         os.killpg(server.process.pid, signal.SIGTERM)
         os.killpg(server.process.pid, signal.SIGTERM)
         assert server.wait() == 0
+
+
+def test_a_signal_while_a_breakdown_is_cleared_up_leaves_nothing_behind() -> None:
+    with serving(*CHECKED) as server:
+        controller, frontend = server.pid_of("controller"), server.pid_of("frontend")
+        os.kill(frontend, signal.SIGSTOP)  # the launcher waits for its end before it ends the others
+        os.kill(controller, signal.SIGKILL)
+        eventually(lambda: controller not in server.processes(), "there is no cluster without it")
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        os.kill(frontend, signal.SIGCONT)
+        assert server.wait() == 1
+        assert "the controller was killed by SIGKILL" in server.lines[-1]
 
 
 def test_killing_the_launcher_leaves_no_process_and_no_memory_behind() -> None:

@@ -3,11 +3,13 @@ import socket
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from flowkv.messages import Abort, Rejected
-from flowkv.types import FinishReason, Output, Request
+from flowkv.server.cluster_view import ClusterView
+from flowkv.types import FinishReason, Output, Regime, Request
 from tests.server.conftest import MAX_BODY_BYTES, Served
 from tests.server.fake_cluster import CONTEXT_TOKENS, VOCAB_SIZE, outputs, say, status
 
@@ -321,6 +323,20 @@ def test_a_client_that_goes_away_within_its_body(served: Served) -> None:
     assert post(served, "/v1/completions").status_code == 200
 
 
+@pytest.mark.parametrize(("retry_after_s", "header"), [(2.1, "3"), (0.01, "1"), (None, "1")])
+def test_what_admission_refuses_says_when_to_try_again(
+    served: Served, retry_after_s: float | None, header: str
+) -> None:
+    served.cluster.answer = lambda request: [
+        Rejected(request.request_id, 429, "too late by then", retry_after_s=retry_after_s)
+    ]
+    response = post(served, "/v1/chat/completions", stream=True, priority=5)
+    error = error_of(response, 429)
+    assert (error["type"], error["message"]) == ("rate_limit_error", "too late by then")
+    assert response.headers["retry-after"] == header
+    assert {request.priority for request in served.cluster.requests} == {5}  # submitted once or more often
+
+
 # --- the rest --------------------------------------------------------------------------------------------------------
 
 
@@ -333,6 +349,17 @@ def test_models(served: Served) -> None:
 
 def test_version(served: Served) -> None:
     assert served.client.get("/version").json()["version"]
+
+
+def test_the_cluster_in_json(served: Served) -> None:
+    view = msgspec.json.decode(served.client.get("/cluster").content, type=ClusterView)
+    assert (view.model_name, view.is_ready, view.regime) == ("toy", True, Regime.NORMAL)
+    assert view.instances == status().instances
+    served.cluster.status = msgspec.structs.replace(status(), regime=Regime.OVERLOADED, num_flips=2, num_refused=3)
+    while (later := msgspec.json.decode(served.client.get("/cluster").content, type=ClusterView)).num_flips != 2:
+        pass
+    assert (later.regime, later.num_refused) == (Regime.OVERLOADED, 3)
+    assert later.time_s > view.time_s
 
 
 def test_metrics(served: Served) -> None:

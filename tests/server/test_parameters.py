@@ -24,6 +24,10 @@ def test_defaults() -> None:
     assert 0 <= sampling.seed < 2**63
 
 
+def test_the_priority_is_zero_unless_it_is_given() -> None:
+    assert [build([1], **fields).priority for fields in ({}, {"priority": -3}, {"priority": None})] == [0, -3, 0]
+
+
 def test_everything_that_is_given_is_passed_on() -> None:
     sampling = build(
         [1],

@@ -42,6 +42,8 @@ BAD_FIELDS: list[tuple[str, Any]] = [
     ("n", 10**6),
     ("seed", 2**63),
     ("seed", "lucky"),
+    ("priority", 2**30),
+    ("priority", 0.5),
     ("stop", ["x"] * 17),
     ("stop", [""]),
     ("stop", ""),

@@ -1,0 +1,48 @@
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+import zmq
+
+from flowkv.launch import children
+from flowkv.launch.children import Child, Children
+
+
+@pytest.fixture
+def started() -> Iterator[tuple[Children, Child]]:
+    """One that does nothing, and would end when it is told to."""
+    some = Children(zmq.Poller())
+    child = some.start("sleeper", multiprocessing.get_context("spawn"), time.sleep, 600)
+    yield some, child
+    child.process.kill()
+    child.process.join()
+
+
+def ends_of(some: Children) -> list[str]:
+    """How those end that do, waiting as a launcher would."""
+    while not (gone := some.take_gone()):
+        time.sleep(0.01)
+    return [how for _, how in gone]
+
+
+def test_who_is_told_to_stop_ends_by_itself(started: tuple[Children, Child]) -> None:
+    some, child = started
+    assert some.next_kill_s() is None
+    some.stop(child.name)  # it may not know yet what to do with a signal
+    assert some.next_kill_s() is not None
+    [how] = ends_of(some)
+    assert how in ("exited with code 0", "was killed by SIGTERM")
+    assert some.next_kill_s() is None
+    some.stop(child.name)  # which is known no more
+
+
+def test_who_does_not_heed_it_is_killed(started: tuple[Children, Child], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children, "_STOP_TIMEOUT_S", 0.05)
+    some, child = started
+    assert child.process.pid is not None
+    os.kill(child.process.pid, signal.SIGSTOP)
+    some.stop(child.name)
+    assert ends_of(some) == ["was killed by SIGKILL"]
