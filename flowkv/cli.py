@@ -2,13 +2,17 @@
 
 import argparse
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flowkv import __version__
-from flowkv.config import DTYPES, ClusterConfig, load_config
+from flowkv.config import DTYPES, ROLE_POLICIES, ClusterConfig, load_config
 from flowkv.errors import FlowKVError
+from flowkv.profile.command import add_profile
+from flowkv.sim.command import add_simulate
+from flowkv.sim.plan_command import add_plan
 from flowkv.types import Role
 
 
@@ -51,6 +55,12 @@ def _join(args: argparse.Namespace) -> None:
         join(options, display)
 
 
+def _top(args: argparse.Namespace) -> None:
+    from flowkv.top import top
+
+    top(args.url, args.interval, args.once)
+
+
 def _key(args: argparse.Namespace) -> None:
     from flowkv.auth import new_key
 
@@ -62,7 +72,10 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
     keys = {
         "model": "model", "model_name": "model_name", "prefill": "prefill", "decode": "decode", "mixed": "mixed",
         "dtype": "dtype", "toy": "toy", "host": "server.host", "port": "server.port", "kv_memory": "engine.kv_memory",
-        "threads": "engine.threads", "listen": "network.listen", "cluster_key_file": "network.cluster_key_file",
+        "threads": "engine.threads", "slo_ttft": "slo.ttft_s", "slo_tpot": "slo.tpot_s", "admission": "slo.admission",
+        "roles": "scheduling.roles", "min_instances": "scheduling.min_instances",
+        "max_instances": "scheduling.max_instances", "listen": "network.listen",
+        "cluster_key_file": "network.cluster_key_file",
     }  # fmt: skip
     given = {key: getattr(args, option, None) for option, key in keys.items()}
     return {key: str(value) if isinstance(value, Path) else value for key, value in given.items() if value is not None}
@@ -76,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_join(commands)
+    _add_top(commands)
+    add_simulate(commands)
+    add_plan(commands)
+    add_profile(commands)
     _add_key(commands)
     return parser
 
@@ -103,6 +120,22 @@ def _add_join(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     engine.add_argument("--threads", type=int, metavar="N", help="threads of one instance (default: as in the cluster)")
 
 
+def _add_top(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    defaults = ClusterConfig().server
+    url = f"http://{defaults.host}:{defaults.port}"
+    top = commands.add_parser(
+        "top",
+        help="show the instances of a running cluster and what they do",
+        description="Show instances, roles, queues and rates of a running cluster, live. Ctrl-C ends it.",
+    )
+    top.set_defaults(command=_top)
+    top.add_argument("url", nargs="?", metavar="URL", default=url, help=f"of its server (default: {url})")
+    top.add_argument(
+        "--interval", type=_positive_seconds, default=1.0, metavar="SECONDS", help="between two looks (default: 1)"
+    )
+    top.add_argument("--once", action="store_true", help="print one table, after one interval, and exit")
+
+
 def _add_key(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     key = commands.add_parser(
         "key",
@@ -125,6 +158,16 @@ def _positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise ValueError
     return number
+
+
+def _positive_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.0 < seconds <= threading.TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number of seconds")
+    return seconds
 
 
 def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -159,6 +202,7 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     server.add_argument(
         "--model-name", metavar="NAME", help="what the API calls the model (default: its folder's name)"
     )
+    _add_scheduling(serve)
     network = serve.add_argument_group("several nodes")
     network.add_argument(
         "--listen", metavar="HOST[:PORT]", help="address of this node where others may join (default port: 8100)"
@@ -169,6 +213,23 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     files.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of it, such as engine.block_size=32"
     )
+
+
+def _add_scheduling(serve: argparse.ArgumentParser) -> None:
+    slo = serve.add_argument_group("promises")
+    slo.add_argument("--slo-ttft", type=float, metavar="SECONDS", help="bound on the time to the first token")
+    slo.add_argument("--slo-tpot", type=float, metavar="SECONDS", help="bound on the time of each token after it")
+    slo.add_argument(
+        "--admission", action="store_true", default=None, help="refuse what cannot be answered within --slo-ttft (429)"
+    )
+    roles = serve.add_argument_group("roles and instances under load")
+    roles.add_argument(
+        "--roles", choices=ROLE_POLICIES, help="whether they follow the load or stay as started (default: flexible)"
+    )
+    roles.add_argument(
+        "--min-instances", type=int, metavar="N", help="retire idle ones down to so many (default: retire none)"
+    )
+    roles.add_argument("--max-instances", type=int, metavar="N", help="add some up to so many (default: add none)")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ def flowkv(*arguments: str) -> "subprocess.CompletedProcess[str]":
         (["--toy", "--config", "/no/such/file.toml"], "no configuration file"),
         (["--toy", "--prefill", "0", "--decode", "0"], "at least one instance"),
         (["--toy", "--kv-memory", "1"], "less than one block"),
+        (["--toy", "--slo-ttft", "-1"], "slo.ttft_s is a positive number of seconds"),
+        (["--toy", "--admission"], "slo.admission needs slo.ttft_s"),
+        (["--toy", "--min-instances", "3", "--max-instances", "2"], "min_instances is at most"),
         (["--toy", "--kv-memory", "900TiB"], "does not fit into"),
         (["--toy", "--host", "no.such.host.invalid"], "no.such.host.invalid"),
     ],
@@ -85,9 +88,22 @@ def test_keys_are_new_and_long_enough() -> None:
     assert one != other and len(one) >= 32
 
 
+def test_top_without_a_server_gets_one_line() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        result = flowkv("top", url)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"flowkv: error: nothing answers at {url}: ") and result.stderr.count("\n") == 1
+    for interval in ("0", "soon", "nan"):
+        assert f"'{interval}' is no positive number of seconds" in flowkv("top", "--interval", interval).stderr
+
+
 def test_help_names_every_option() -> None:
     text = flowkv("serve", "--help").stdout
     for option in ("MODEL", "--prefill", "--decode", "--mixed", "--dtype", "--port", "--listen", "--config", "--set"):
+        assert option in text
+    for option in ("--slo-ttft", "--slo-tpot", "--admission", "--roles", "--min-instances", "--max-instances"):
         assert option in text
     text = flowkv("join", "--help").stdout
     for option in ("CONTROLLER_ADDRESS", "MODEL", "--role", "--count", "--address", "--cluster-key-file", "--threads"):
