@@ -7,14 +7,16 @@ the share of a core that it used.
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from urllib.parse import urlsplit
 
 import httptools
 import msgspec
 
 from benchmarks import BenchmarkError
-from benchmarks.figures import Record
+from flowkv.sim.figures import Record, RunResult
 
 
 class _Delta(msgspec.Struct):
@@ -43,6 +45,50 @@ class _Event(msgspec.Struct):
 
 
 _decode_event = msgspec.json.Decoder(_Event).decode
+_REFUSED = 429
+
+
+@dataclass(slots=True)
+class Answer:
+    """What the client saw of one request; times in seconds on one monotonic clock."""
+
+    sent_s: float = 0.0
+    late_s: float = 0.0  # sent this long after it was due: the load generator's own fault
+    event_s: list[float] = field(default_factory=list)  # arrival of each event that brought text
+    finished_s: float = 0.0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    text: str = ""
+    finish_reason: str | None = None
+    error: str | None = None
+    is_refused: bool = False  # HTTP 429
+
+    @property
+    def itl_s(self) -> list[float]:
+        return [after - before for before, after in pairwise(self.event_s)]
+
+    def record(self, index: int, start_s: float = 0.0) -> Record:
+        """Its place in the figures of a run that began at `start_s`. First and last text stand for the tokens."""
+        return Record(
+            index=index,
+            arrival_s=self.sent_s - start_s,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_output_tokens=self.num_output_tokens,
+            ttft_s=self.event_s[0] - self.sent_s if self.event_s else None,
+            e2el_s=self.event_s[-1] - self.sent_s if self.event_s else None,
+            error=self.error,
+            is_refused=self.is_refused,
+        )
+
+
+def run_of(answers: Sequence[Answer], duration_s: float, start_s: float = 0.0) -> RunResult:
+    """What `figures` takes, of the answers of one run."""
+    return RunResult([answer.record(i, start_s) for i, answer in enumerate(answers)], gaps_s(answers), duration_s)
+
+
+def gaps_s(answers: Iterable[Answer]) -> list[float]:
+    """Every gap between two events of a whole answer."""
+    return [gap for answer in answers if answer.error is None for gap in answer.itl_s]
 
 
 class Client:
@@ -66,11 +112,11 @@ class Client:
         )
         return head.encode() + content
 
-    async def send(self, request: bytes, on_text: Callable[[str], None] | None = None) -> Record:
-        """Send what `encode` made and follow the answer to its end; every failure is told in `Record.error`."""
-        record = Record(sent_s=time.perf_counter())
+    async def send(self, request: bytes, on_text: Callable[[str], None] | None = None) -> Answer:
+        """Send what `encode` made and follow the answer to its end; every failure is told in `Answer.error`."""
+        answer = Answer(sent_s=time.perf_counter())
         loop = asyncio.get_running_loop()
-        exchange = _Exchange(record, on_text, loop.create_future())
+        exchange = _Exchange(answer, on_text, loop.create_future())
         try:
             async with asyncio.timeout(self._timeout_s):
                 transport, _ = await loop.create_connection(lambda: exchange, self._node, self._port)
@@ -80,19 +126,19 @@ class Client:
                 finally:
                     transport.abort()
         except TimeoutError:
-            record.error = f"no end after {self._timeout_s:g} s"
+            answer.error = f"no end after {self._timeout_s:g} s"
         except OSError as error:
-            record.error = f"connection failed: {error}"
-        record.finished_s = time.perf_counter()
-        return record
+            answer.error = f"connection failed: {error}"
+        answer.finished_s = time.perf_counter()
+        return answer
 
 
 class _Exchange(asyncio.Protocol):
-    """One answer. `done` is resolved at its end, the record's error set where it was not a whole stream."""
+    """One answer. `done` is resolved at its end, the answer's error set where it was not a whole stream."""
 
-    def __init__(self, record: Record, on_text: Callable[[str], None] | None, done: "asyncio.Future[None]") -> None:
+    def __init__(self, answer: Answer, on_text: Callable[[str], None] | None, done: "asyncio.Future[None]") -> None:
         self.done = done
-        self._record = record
+        self._answer = answer
         self._on_text = on_text
         self._parser = httptools.HttpResponseParser(self)
         self._rest = b""
@@ -120,6 +166,7 @@ class _Exchange(asyncio.Protocol):
     def on_message_complete(self) -> None:
         status = self._parser.get_status_code()
         if status != 200:
+            self._answer.is_refused = status == _REFUSED
             self._finish(f"HTTP {status}: {_error_message(self._rest)}")
         else:
             self._finish(None if self._complete else "the stream ended without [DONE]")
@@ -135,23 +182,23 @@ class _Exchange(asyncio.Protocol):
         if parsed.error is not None:
             self._finish(parsed.error.message)
         if parsed.usage is not None:
-            self._record.num_prompt_tokens = parsed.usage.prompt_tokens
-            self._record.num_output_tokens = parsed.usage.completion_tokens
+            self._answer.num_prompt_tokens = parsed.usage.prompt_tokens
+            self._answer.num_output_tokens = parsed.usage.completion_tokens
         for choice in parsed.choices:
             self._add(choice)
 
     def _add(self, choice: _Choice) -> None:
         text = choice.text or (choice.delta.content if choice.delta else None)
-        self._record.finish_reason = choice.finish_reason or self._record.finish_reason
+        self._answer.finish_reason = choice.finish_reason or self._answer.finish_reason
         if text:
-            self._record.event_s.append(self._now_s)
-            self._record.text += text
+            self._answer.event_s.append(self._now_s)
+            self._answer.text += text
             if self._on_text is not None:
                 self._on_text(text)
 
     def _finish(self, error: str | None) -> None:
         if not self.done.done():
-            self._record.error = error
+            self._answer.error = error
             self.done.set_result(None)
 
 

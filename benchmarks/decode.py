@@ -24,9 +24,10 @@ from rich.console import Console
 
 from benchmarks import BenchmarkError
 from benchmarks.report import print_table, write_report
-from benchmarks.scrape import difference, server_figures, settled_counters
+from benchmarks.scrape import difference, settled_counters
 from benchmarks.spawn import ServerProcess, exit_on_sigterm
 from flowkv.bundled import MODEL_FOLDER
+from flowkv.sim.figures import server_figures
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,11 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from benchmarks import BenchmarkError, scrape
-from benchmarks.client import Client
-from benchmarks.figures import Record, Slo, figures
+from benchmarks.client import Answer, Client, run_of
 from benchmarks.report import ROOT, percentile, write_report
 from benchmarks.spawn import ServerProcess, exit_on_sigterm
 from flowkv.bundled.recall import recall_task
+from flowkv.sim.figures import Slo, figures, server_figures
 
 TEXT_FILE = ROOT / "training" / "tinyshakespeare.txt.gz"
 NUM_RECALL = 6
@@ -68,14 +68,14 @@ def _whole_lines(rng: random.Random, text: str, num_characters: int) -> str:
     return text[start : text.index("\n", start + num_characters) + 1]
 
 
-async def ask_all(url: str, prompts: Sequence[Prompt], seconds: float) -> tuple[list[Record], float]:
+async def ask_all(url: str, prompts: Sequence[Prompt], seconds: float) -> tuple[list[Answer], float]:
     """Every answer, and the seconds until the last had ended. The first is written to the terminal as it comes."""
     client = Client(url, seconds)
     encoded = [client.encode(prompt.path, prompt.body) for prompt in prompts]
     start_s = time.perf_counter()
     shown, *others = encoded
-    records = await asyncio.gather(client.send(shown, _write), *map(client.send, others))
-    return records, time.perf_counter() - start_s
+    answers = await asyncio.gather(client.send(shown, _write), *map(client.send, others))
+    return answers, time.perf_counter() - start_s
 
 
 def _write(text: str) -> None:
@@ -83,25 +83,25 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def show_recall(console: Console, prompts: Sequence[Prompt], records: Sequence[Record]) -> None:
+def show_recall(console: Console, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> None:
     console.rule("recall: facts that stand only in the KV cache that crossed", align="left")
-    for prompt, record in zip(prompts, records, strict=True):
+    for prompt, answer in zip(prompts, answers, strict=True):
         if prompt.expected is not None:
-            answer = " ".join(record.text.split())
-            verdict = "right" if answer == prompt.expected else f"wrong: {prompt.expected}"
-            console.print(f"{prompt.shown:<18} {answer:<24.24} {verdict}", highlight=False, markup=False)
+            text = " ".join(answer.text.split())
+            verdict = "right" if text == prompt.expected else f"wrong: {prompt.expected}"
+            console.print(f"{prompt.shown:<18} {text:<24.24} {verdict}", highlight=False, markup=False)
 
 
 def figure_rows(
-    records: Sequence[Record], duration_s: float, summary: dict[str, Any], server: dict[str, float]
+    answers: Sequence[Answer], duration_s: float, summary: dict[str, Any], server: dict[str, float]
 ) -> list[list[str]]:
     """The rows of the closing table. Raises BenchmarkError where no KV has crossed."""
     if not server.get("transfers") or "transfer_bytes_per_s" not in server:
         raise BenchmarkError("no KV was handed from the prefill to the decode instance")
-    itl_s = [gap for record in records for gap in record.itl_s]
+    itl_s = [gap for answer in answers for gap in answer.itl_s]
     ttft = summary["ttft_s"]
     return [
-        ["prompts", f"{len(records)}", f"{summary['prompt_tokens']} tokens"],
+        ["prompts", f"{len(answers)}", f"{summary['prompt_tokens']} tokens"],
         ["TTFT", f"{ttft['p50'] * 1e3:.0f} ms", f"median; at most {ttft['max'] * 1e3:.0f} ms"],
         ["ITL", f"{percentile(itl_s, 0.5) * 1e3:.1f} ms", f"median; p99 {percentile(itl_s, 0.99) * 1e3:.1f} ms"],
         [
@@ -131,20 +131,20 @@ def run(console: Console, seed: int, seconds: float) -> None:
     prompts = make_prompts(gzip.decompress(TEXT_FILE.read_bytes()).decode(), seed)
     console.print("[bold]FlowKV[/bold]: one prefill instance, one decode instance, the bundled model", highlight=False)
     start_s = time.monotonic()
-    with ServerProcess(["--prefill", "1", "--decode", "1"], log=None) as url:
+    with ServerProcess(["--prefill", "1", "--decode", "1", "--roles", "fixed"], log=None) as url:
         console.print(f"ready after {time.monotonic() - start_s:.1f} s at {url}", highlight=False)
         before = scrape.settled_counters(url)
         console.rule(f"{len(prompts)} prompts at once; one answer as it comes", align="left")
         console.print(prompts[0].shown, highlight=False, markup=False)
-        records, duration_s = asyncio.run(ask_all(url, prompts, seconds))
+        answers, duration_s = asyncio.run(ask_all(url, prompts, seconds))
         print(flush=True)
-        if errors := [record.error for record in records if record.error is not None]:
-            raise BenchmarkError(f"{len(errors)} of {len(records)} requests failed: {errors[0]}")
-        show_recall(console, prompts, records)
-        summary = figures(records, duration_s, Slo())
-        server = scrape.server_figures(scrape.difference(before, scrape.settled_counters(url)))
+        if errors := [answer.error for answer in answers if answer.error is not None]:
+            raise BenchmarkError(f"{len(errors)} of {len(answers)} requests failed: {errors[0]}")
+        show_recall(console, prompts, answers)
+        summary = figures(run_of(answers, duration_s), Slo())
+        server = server_figures(scrape.difference(before, scrape.settled_counters(url)))
         console.rule("figures", align="left")
-        console.print(_grid(figure_rows(records, duration_s, summary, server)))
+        console.print(_grid(figure_rows(answers, duration_s, summary, server)))
         write_report(ROOT / "results" / "demo.json", {"client": summary, "server": server})
     console.print("stopped; no process is left. Next: .venv/bin/flowkv serve", highlight=False)
 

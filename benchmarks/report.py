@@ -6,15 +6,18 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
-from rich import box
-from rich.console import Console
-from rich.table import Table
+
+from flowkv.sim.figures import percentile, summarize
+from flowkv.sim.files import replaced
+from flowkv.sim.report import print_table
+
+__all__ = ["ROOT", "environment", "percentile", "print_table", "summarize", "write_report"]
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("flowkv", "torch", "transformers", "numba", "numpy")
@@ -63,42 +66,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def percentile(values: Sequence[float], fraction: float) -> float:
-    """The value below which `fraction` of the values lie, linear between neighbours (numpy's default).
-
-    Raises ValueError where there are no values.
-    """
-    if not values:
-        raise ValueError("no values to take a percentile of")
-    ordered = sorted(values)
-    at = fraction * (len(ordered) - 1)
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
-
-
-def summarize(values: Sequence[float]) -> dict[str, float] | None:
-    """Mean, p50, p90, p99 and max; None where there are no values."""
-    if not values:
-        return None
-    points = {name: percentile(values, fraction) for name, fraction in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))}
-    return {"mean": sum(values) / len(values), **points, "max": max(values)}
-
-
 def write_report(path: Path, results: Mapping[str, object]) -> None:
-    """Write `results` and the environment as one JSON file, making its folder where needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `results` and the environment as one JSON file, whole or not at all, making its folder where needed."""
     text = json.dumps({"environment": environment(), **results}, indent=1, allow_nan=False)
-    path.write_text(text + "\n")
-
-
-def print_table(
-    console: Console, header: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None
-) -> None:
-    """A table whose first column is text and whose others are figures."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left", no_wrap=bool(i))
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    with replaced(path) as file:
+        file.write(text.encode() + b"\n")

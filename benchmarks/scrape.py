@@ -59,15 +59,3 @@ def difference(before: Counters, after: Counters) -> dict[str, float]:
 
 def add(left: dict[str, float], right: dict[str, float]) -> dict[str, float]:
     return {name: left.get(name, 0.0) + right.get(name, 0.0) for name in left.keys() | right.keys()}
-
-
-def server_figures(counted: dict[str, float]) -> dict[str, float]:
-    """Transfer rate (bytes/s), share of it hidden under prefill, and what of a step is neither model nor sampling."""
-    figures = dict(sorted(counted.items()))
-    if (seconds := counted.get("transfer_seconds", 0.0)) > 0:
-        figures["transfer_bytes_per_s"] = counted["transfer_bytes"] / seconds
-        figures["transfer_hidden_fraction"] = 1.0 - counted["transfer_exposed_seconds"] / seconds
-    if (seconds := counted.get("step_seconds", 0.0)) > 0:
-        computing = counted["forward_seconds"] + counted["sampling_seconds"]
-        figures["step_overhead_fraction"] = 1.0 - computing / seconds
-    return figures

@@ -13,7 +13,7 @@ import asyncio
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +23,14 @@ import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import BenchmarkError, scrape, workload
-from benchmarks.client import Client
-from benchmarks.figures import Record, Slo, figures
-from benchmarks.report import ROOT, print_table, write_report
+from benchmarks import BenchmarkError, scrape
+from benchmarks.client import Answer, Client, gaps_s, run_of
+from benchmarks.report import ROOT, write_report
 from benchmarks.spawn import ServerProcess, exit_on_sigterm
-from benchmarks.workload import Lengths, TraceRequest
+from flowkv.errors import WorkloadError
+from flowkv.sim import report, workload
+from flowkv.sim.figures import Record, RunResult, Slo, figures, server_figures
+from flowkv.sim.workload import Lengths, TraceRequest
 
 Number = TypeVar("Number", int, float)
 
@@ -40,11 +42,24 @@ class Configuration:
     name: str
     connect: Callable[[], AbstractContextManager[str]]  # its URL, while the context lasts
     records: list[Record] = field(default_factory=list)
+    itl_s: list[float] = field(default_factory=list)
     duration_s: float = 0.0
     client_cpu_s: float = 0.0
+    max_late_s: float = 0.0
     counted: dict[str, float] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     num_clipped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One run on one server; it began at `start_s` of the clock of its answers."""
+
+    answers: list[Answer]
+    start_s: float
+    duration_s: float
+    client_cpu_s: float
+    counted: dict[str, float]
 
 
 # --- sending -------------------------------------------------------------------------------------------------------
@@ -56,20 +71,20 @@ async def replay(
     arrivals_s: Sequence[float],
     concurrency: int | None,
     on_done: Callable[[], None],
-) -> list[Record]:
+) -> list[Answer]:
     """Send every request at its time, or, with `concurrency`, as soon as fewer than that many are open."""
     gate = asyncio.Semaphore(concurrency or len(requests))
     start_s = time.perf_counter()
 
-    async def send(request: bytes, arrival_s: float) -> Record:
+    async def send(request: bytes, arrival_s: float) -> Answer:
         due_s = start_s if concurrency else start_s + arrival_s
         await asyncio.sleep(due_s - time.perf_counter())
         async with gate:
-            record = await client.send(request)
+            answer = await client.send(request)
         if not concurrency:
-            record.late_s = record.sent_s - due_s
+            answer.late_s = answer.sent_s - due_s
         on_done()
-        return record
+        return answer
 
     return await asyncio.gather(*map(send, requests, arrivals_s))
 
@@ -118,25 +133,22 @@ def measure(
         with _progress(console, configuration.name, len(requests)) as advance:
             start_s, start_cpu_s = time.perf_counter(), time.process_time()
             arrivals_s = [request.arrival_s for request in requests]
-            records = asyncio.run(replay(client, encoded, arrivals_s, args.concurrency, advance))
+            answers = asyncio.run(replay(client, encoded, arrivals_s, args.concurrency, advance))
             duration_s, cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
         counted = scrape.difference(before, scrape.settled_counters(url))
-    _add_round(configuration, records, duration_s, cpu_s, counted, args)
+    one = Round(answers, start_s, duration_s, cpu_s, counted)
+    _add_round(configuration, one, _slo(args))
 
 
-def _add_round(
-    configuration: Configuration,
-    records: list[Record],
-    duration_s: float,
-    cpu_s: float,
-    counted: dict[str, float],
-    args: argparse.Namespace,
-) -> None:
-    configuration.rounds.append(figures(records, duration_s, _slo(args)) | {"server": scrape.server_figures(counted)})
-    configuration.records += records
-    configuration.duration_s += duration_s
-    configuration.client_cpu_s += cpu_s
-    configuration.counted = scrape.add(configuration.counted, counted)
+def _add_round(configuration: Configuration, one: Round, slo: Slo) -> None:
+    run = run_of(one.answers, one.duration_s, one.start_s)
+    configuration.rounds.append(figures(run, slo) | {"server": server_figures(one.counted)})
+    configuration.records += run.records
+    configuration.itl_s += gaps_s(one.answers)
+    configuration.duration_s += run.duration_s
+    configuration.client_cpu_s += one.client_cpu_s
+    configuration.max_late_s = max([configuration.max_late_s, *(answer.late_s for answer in one.answers)])
+    configuration.counted = scrape.add(configuration.counted, one.counted)
 
 
 @contextmanager
@@ -156,61 +168,34 @@ def _slo(args: argparse.Namespace) -> Slo:
 
 
 def summary(configuration: Configuration, slo: Slo) -> dict[str, Any]:
+    run = RunResult(configuration.records, configuration.itl_s, configuration.duration_s)
     return {
         "name": configuration.name,
-        **figures(configuration.records, configuration.duration_s, slo),
+        **figures(run, slo),
         "num_clipped": configuration.num_clipped,
-        "client_core_fraction": configuration.client_cpu_s / configuration.duration_s,
-        "server": scrape.server_figures(configuration.counted),
-        "errors": sorted({record.error for record in configuration.records if record.error is not None}),
+        "client_core_fraction": configuration.client_cpu_s / run.duration_s,
+        "tokens_per_event": tokens_per_event(configuration),
+        "max_late_s": configuration.max_late_s,
+        "server": server_figures(configuration.counted),
+        "errors": report.errors(run.records),
         "rounds": configuration.rounds,
-        "requests": [_request_row(record) for record in configuration.records],
+        "requests": report.request_columns(run.records),
     }
 
 
-def _request_row(record: Record) -> dict[str, object]:
-    return {
-        "ttft_s": record.ttft_s,
-        "tpot_s": record.tpot_s,
-        "e2e_s": record.finished_s - record.sent_s,
-        "prompt_tokens": record.num_prompt_tokens,
-        "output_tokens": record.num_output_tokens,
-        "error": record.error,
-    }
+def tokens_per_event(configuration: Configuration) -> float:
+    """1 unless the server holds text back or makes several steps at a stretch."""
+    begun = [record for record in configuration.records if record.error is None and record.ttft_s is not None]
+    return sum(record.num_output_tokens for record in begun) / max(1, len(configuration.itl_s) + len(begun))
 
 
-def print_summary(console: Console, result: dict[str, Any], has_slo: bool) -> None:
-    console.print(f"\n[bold]{result['name']}[/bold]", highlight=False)
-    names = ("mean", "p50", "p90", "p99")
-    spreads = {label: result[key] for label, key in (("TTFT", "ttft_s"), ("ITL", "itl_s"), ("TPOT", "tpot_s"))}
-    rows = [[label, *(f"{x[name] * 1e3:.1f}" for name in names)] for label, x in spreads.items() if x is not None]
-    if rows:
-        print_table(console, ["ms", *names], rows)
-    for line in _lines(result, has_slo):
-        console.print(line, highlight=False, markup=False)
-
-
-def _lines(result: dict[str, Any], has_slo: bool) -> list[str]:
-    lines = [
-        "{num_requests} requests in {duration_s:.1f} s: {requests_per_s:.2f} requests/s,"
-        " {output_tokens_per_s:.1f} output tokens/s, {num_errors} errors".format_map(result)
-    ]
-    if has_slo:
-        lines.append("goodput {goodput_per_s:.2f} requests/s ({good_fraction:.0%} within the SLO)".format_map(result))
-    server = result["server"]
-    if "transfer_bytes_per_s" in server:
-        lines.append(
-            "{transfers:.0f} transfers, {transfer_bytes:.0f} bytes in {transfer_calls:.0f} calls,".format_map(server)
-            + f" {server['transfer_bytes_per_s'] / 1e9:.2f} GB/s, {server['transfer_hidden_fraction']:.0%} hidden"
-        )
-    if "step_overhead_fraction" in server:
-        lines.append(f"steps: {server['step_overhead_fraction']:.1%} neither model nor sampling")
+def notes(result: Mapping[str, Any]) -> Iterator[str]:
+    """What only a run with a real client has to say."""
     if result["tokens_per_event"] > 1.05:
-        lines.append("ITL is of events, each of {tokens_per_event:.2f} tokens".format_map(result))
+        yield "ITL is of events, each of {tokens_per_event:.2f} tokens".format_map(result)
     if result["num_clipped"]:
-        lines.append("{num_clipped} requests were cut to what the server takes".format_map(result))
-    lines.append("client: {client_core_fraction:.0%} of a core, {max_late_s:.3f} s late at most".format_map(result))
-    return lines + [f"error: {error}" for error in result["errors"][:3]]
+        yield "{num_clipped} requests were cut to what the server takes".format_map(result)
+    yield "client: {client_core_fraction:.0%} of a core, {max_late_s:.3f} s late at most".format_map(result)
 
 
 # --- the program ---------------------------------------------------------------------------------------------------
@@ -223,7 +208,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     where.add_argument("--serve", action="append", metavar="ARGS", help="`flowkv serve ARGS`; repeat it to compare")
     parser.add_argument("--rounds", type=_positive(int), default=1, help="runs on each server, in turns")
     load = parser.add_argument_group("workload")
-    load.add_argument("--trace", type=Path, help="Mooncake .jsonl or Azure .csv, gzipped or not")
+    load.add_argument("--trace", type=Path, help="of Mooncake or Azure, gzipped or not")
     load.add_argument("--num-requests", type=_positive(int), help="the first so many; without a trace, 100")
     load.add_argument("--input-length", type=Lengths.parse, default=Lengths(64, 512), metavar="LOW[:HIGH]")
     load.add_argument("--output-length", type=Lengths.parse, default=Lengths(16, 64), metavar="LOW[:HIGH]")
@@ -254,7 +239,7 @@ def _positive(kind: type[Number]) -> Callable[[str], Number]:
 
 
 def build_workload(args: argparse.Namespace) -> list[TraceRequest]:
-    """Raises BenchmarkError for a trace that is broken or too short."""
+    """Raises WorkloadError for a trace that is broken, BenchmarkError for one that is too short."""
     if args.trace is None:
         requests = workload.synthetic(args.num_requests or 100, args.input_length, args.output_length, args.seed)
     else:
@@ -286,18 +271,18 @@ def run(args: argparse.Namespace, console: Console) -> int:
             measure(configuration, requests, args, console)
     results = [summary(configuration, _slo(args)) for configuration in measured]
     for result in results:
-        print_summary(console, result, has_slo=_slo(args) != Slo())
+        report.print_summary(console, result["name"], result, _slo(args), notes(result))
     options = {name: value if isinstance(value, int | list) else str(value) for name, value in vars(args).items()}
     write_report(args.output, {"options": options, "configurations": results})
     console.print(f"\nwrote {args.output}", highlight=False, soft_wrap=True)
-    return 1 if any(result["num_errors"] for result in results) else 0
+    return 1 if any(result["num_errors"] or result["num_refused"] for result in results) else 0
 
 
 def main() -> None:
     exit_on_sigterm()
     try:
         sys.exit(run(parse_arguments(), Console()))
-    except BenchmarkError as error:
+    except (BenchmarkError, WorkloadError) as error:
         sys.exit(f"benchmarks.serve: {error}")
 
 

@@ -8,8 +8,8 @@ from contextlib import suppress
 import pytest
 
 from benchmarks import BenchmarkError
-from benchmarks.client import Client
-from benchmarks.figures import Record
+from benchmarks.client import Answer, Client, run_of
+from flowkv.sim.figures import Slo, figures
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -33,15 +33,15 @@ STREAM = [
 ]
 
 
-def ask(pieces: Sequence[bytes], timeout_s: float = 20.0, hold: bool = False) -> tuple[Record, bytes, list[str]]:
+def ask(pieces: Sequence[bytes], timeout_s: float = 20.0, hold: bool = False) -> tuple[Answer, bytes, list[str]]:
     """What the client makes of an answer sent in these pieces (and then not closed, if `hold`), and what it sent."""
     seen: list[bytes] = []
     texts: list[str] = []
 
-    async def main() -> Record:
+    async def main() -> Answer:
         answered = asyncio.Event()
 
-        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             seen.append(await reader.readuntil(b'"prompt":"x"'))
             for piece in pieces:
                 writer.write(piece)
@@ -52,28 +52,28 @@ def ask(pieces: Sequence[bytes], timeout_s: float = 20.0, hold: bool = False) ->
             writer.close()
             answered.set()
 
-        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
             client = Client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", timeout_s)
-            record = await client.send(client.encode("/v1/completions", {"prompt": "x"}), texts.append)
+            answer = await client.send(client.encode("/v1/completions", {"prompt": "x"}), texts.append)
             await answered.wait()
-            return record
+            return answer
 
     return asyncio.run(main()), seen[0], texts
 
 
 def test_a_whole_stream() -> None:
-    record, sent, texts = ask([HEAD, *map(chunk, STREAM), chunk(b"")])
-    assert record.error is None
-    assert (record.text, texts, record.finish_reason) == ("to be", ["to ", "be"], "stop")
-    assert (record.num_prompt_tokens, record.num_output_tokens, len(record.event_s)) == (5, 2, 2)
-    assert record.sent_s <= record.event_s[0] <= record.event_s[1] <= record.finished_s
+    answer, sent, texts = ask([HEAD, *map(chunk, STREAM), chunk(b"")])
+    assert answer.error is None
+    assert (answer.text, texts, answer.finish_reason) == ("to be", ["to ", "be"], "stop")
+    assert (answer.num_prompt_tokens, answer.num_output_tokens, len(answer.event_s)) == (5, 2, 2)
+    assert answer.sent_s <= answer.event_s[0] <= answer.event_s[1] <= answer.finished_s
     assert sent.startswith(b"POST /v1/completions HTTP/1.1\r\n")
 
 
 def test_pieces_may_be_cut_anywhere() -> None:
     whole = HEAD + b"".join(map(chunk, STREAM)) + chunk(b"")
-    record, _, _ = ask([whole[i : i + 7] for i in range(0, len(whole), 7)])
-    assert (record.text, record.error, record.num_output_tokens) == ("to be", None, 2)
+    answer, _, _ = ask([whole[i : i + 7] for i in range(0, len(whole), 7)])
+    assert (answer.text, answer.error, answer.num_output_tokens) == ("to be", None, 2)
 
 
 def test_a_stream_that_breaks_off_is_an_error() -> None:
@@ -84,8 +84,8 @@ def test_a_stream_that_breaks_off_is_an_error() -> None:
 
 
 def test_an_error_in_the_stream() -> None:
-    record, _, _ = ask([HEAD, chunk(STREAM[1]), chunk(event({"error": {"message": "instance lost"}}))], hold=True)
-    assert (record.error, record.text) == ("instance lost", "to ")
+    answer, _, _ = ask([HEAD, chunk(STREAM[1]), chunk(event({"error": {"message": "instance lost"}}))], hold=True)
+    assert (answer.error, answer.text) == ("instance lost", "to ")
 
 
 def test_an_http_error_shows_its_message() -> None:
@@ -105,7 +105,7 @@ def test_silence_ends_at_the_time_limit() -> None:
 
 
 def test_nobody_listens() -> None:
-    async def main() -> Record:
+    async def main() -> Answer:
         server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         server.close()
@@ -119,3 +119,33 @@ def test_nobody_listens() -> None:
 def test_urls_that_are_not_a_server(url: str) -> None:
     with pytest.raises(BenchmarkError, match="not of the form"):
         Client(url)
+
+
+def test_a_refusal_is_told_from_a_failure() -> None:
+    def status(code: int) -> Answer:
+        return ask([b"HTTP/1.1 %d No\r\nContent-Length: 2\r\n\r\n{}" % code])[0]
+
+    refused, failed = status(429), status(503)
+    assert (refused.is_refused, failed.is_refused) == (True, False)
+    assert refused.error is not None and failed.error is not None
+
+
+def answered(*event_s: float, tokens: int | None = None, error: str | None = None) -> Answer:
+    num_tokens = len(event_s) if tokens is None else tokens
+    return Answer(sent_s=1.0, event_s=list(event_s), num_prompt_tokens=10, num_output_tokens=num_tokens, error=error)
+
+
+def test_an_answer_in_the_figures() -> None:
+    record = answered(1.5, 2.3, tokens=5).record(3, start_s=0.25)
+    assert (record.index, record.arrival_s, record.num_prompt_tokens) == (3, 0.75, 10)
+    assert record.ttft_s == pytest.approx(0.5)
+    assert record.e2el_s == pytest.approx(1.3)
+    assert record.tpot_s == pytest.approx(0.2)  # tokens, not events
+    assert answered().record(0).ttft_s is None
+
+
+def test_a_run_has_the_gaps_of_whole_answers() -> None:
+    run = figures(run_of([answered(1.5, 1.6, 1.9), answered(1.1, 9.1, error="gone")], 2.0), Slo())
+    assert (run["num_requests"], run["num_errors"], run["output_tokens"]) == (2, 1, 3)
+    assert run["itl_s"]["mean"] == pytest.approx(0.2)
+    assert run["itl_s"]["max"] == pytest.approx(0.3)

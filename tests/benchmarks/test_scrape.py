@@ -1,7 +1,9 @@
 import pytest
 
-from benchmarks.scrape import difference, parse_counters, server_figures
+from benchmarks.scrape import difference, parse_counters
+from flowkv.messages import ClusterStatus
 from flowkv.metrics import FrontendMetrics
+from flowkv.sim.figures import server_figures, totals
 from flowkv.types import InstanceCounters, InstanceLoad, InstanceStatus, Role
 
 PREFILL = InstanceCounters(
@@ -15,7 +17,8 @@ def page(**counters: InstanceCounters) -> str:
         InstanceStatus(name=name, role=Role.PREFILL, num_blocks=8, block_size=16, load=InstanceLoad(), counters=counter)
         for name, counter in counters.items()
     ]
-    return FrontendMetrics(lambda: statuses).render().decode()
+    status = ClusterStatus(True, None, 100, statuses)
+    return FrontendMetrics(lambda: status).render().decode()
 
 
 def test_counters_of_flowkvs_own_metrics_page() -> None:
@@ -42,3 +45,8 @@ def test_figures_of_the_server() -> None:
 def test_a_server_that_moved_nothing_has_no_rate() -> None:
     assert "transfer_bytes_per_s" not in server_figures(difference({}, parse_counters(page(d=InstanceCounters()))))
     assert server_figures({}) == {}
+
+
+def test_a_simulated_run_counts_under_the_names_of_the_metrics_page() -> None:
+    scraped = difference({}, parse_counters(page(p=PREFILL, q=PREFILL)))
+    assert totals([PREFILL, PREFILL]) == scraped

@@ -11,7 +11,14 @@ from benchmarks.report import ROOT
 def test_one_command_starts_measures_and_stops_a_server(tmp_path: Path) -> None:
     output = tmp_path / "serve.json"
     options = "--num-requests 12 --input-length 30:300 --output-length 5 --vocab 32:126 --rate inf --warmup 1"
-    command = [sys.executable, "-m", "benchmarks.serve", "--serve", "--toy --prefill 1 --decode 1", *options.split()]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.serve",
+        "--serve",
+        "--toy --prefill 1 --decode 1 --roles fixed",
+        *options.split(),
+    ]
     done = subprocess.run(
         [*command, "--output", str(output)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
