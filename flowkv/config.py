@@ -16,6 +16,7 @@ ROLE_POLICIES = ("flexible", "fixed")
 POLICIES = ("predicted_latency", "least_loaded")
 DEFAULT_LISTEN_PORT = 8100
 _STEP_FRACTION = 0.95
+DECODE_STEP_FRACTION = 0.85  # of that on decode instances: whoever is handed over has waited for a step already
 DEVICES = ("cpu",)  # more as their kernels come
 
 

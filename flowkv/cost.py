@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 _FORGET = 0.995  # weight of the past beside one new sample
 _PRIOR_SAMPLES = 0.5  # that the prior's guess counts for
+_OPTIMISM = 0.5
 _FLOOR_MARGIN = 1.1  # a step so close to d0 says nothing of what more tokens would cost
 _LOOK_EVERY = 8  # samples between two solutions, once there are many
 
-# Guesses that are the same for every instance, so that placement goes by load until something is known.
-_DECODE_GUESS = (0.02, 1e-4, 1e-8)
+# Guesses that are the same for every instance, so that placement goes by load until something is known. Low ones: who
+# believes that steps are too long for a chunk never finds out.
+_DECODE_GUESS = (1e-3, 1e-5, 1e-8)
 _PREFILL_GUESS = (0.0, 1e-4, 0.0)
 
 
@@ -134,9 +136,7 @@ class LearntCost:
             self._prefill.add((1.0, prefill_tokens, prefill_pairs), on_prompt_s, 1.0)
 
     def coefficients(self) -> StepCoefficients:
-        prior = self._prior
-        guess = None if prior is None or not prior._prefill.num_samples else prior._prefill.coefficients()
-        return StepCoefficients(*self._decode_coefficients(), *self._prefill.coefficients(guess))
+        return StepCoefficients(*self._decode_coefficients(), *self._prefill_coefficients())
 
     def step_s(
         self, prefill_tokens: int, prefill_pairs: float, decode_choices: int, decode_context_tokens: float
@@ -165,9 +165,18 @@ class LearntCost:
         return int(2 * room_s / (linear + root))
 
     def _decode_coefficients(self) -> tuple[float, ...]:
-        prior = self._prior
-        guess = None if prior is None or not prior._decode.num_samples else prior._decode.coefficients()
-        return self._decode.coefficients(guess)
+        return _known(self._decode, None if self._prior is None else self._prior._decode)
+
+    def _prefill_coefficients(self) -> tuple[float, ...]:
+        return _known(self._prefill, None if self._prior is None else self._prior._prefill)
+
+
+def _known(own: _Fit, prior: _Fit | None) -> tuple[float, ...]:
+    """What is believed of a phase: of one that was never tried, better than of others, or it never would be."""
+    if prior is None or not prior.num_samples:
+        return own.coefficients()
+    believed = prior.coefficients()
+    return own.coefficients(believed) if own.num_samples else tuple(_OPTIMISM * value for value in believed)
 
 
 def prefill_pairs(start: int, num_tokens: int) -> int:

@@ -106,6 +106,7 @@ class LoadReport(Message):
     links: list[LinkStatus] = []  # those that came up or moved something since the last report
     unanswered: list[tuple[str, str]] = []  # (request id, instance that may own it but has been silent for a lease)
     is_drained: bool = False  # after `Drain`: nothing is left here
+    prefilled: list[str] = []  # requests whose first token has come since the last report
 
 
 class InstanceExited(Message):

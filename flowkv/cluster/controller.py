@@ -184,9 +184,9 @@ class Controller:
             self._remember(refused)
             return
         self._send(address, Accepted(request.request_id))
-        self._dispatch(message.frontend, request, ask, placement)
+        self._dispatch(message.frontend, request, ask, placement, now_s)
 
-    def _dispatch(self, frontend: str, request: Request, ask: Ask, placement: Placement) -> None:
+    def _dispatch(self, frontend: str, request: Request, ask: Ask, placement: Placement, now_s: float) -> None:
         """To where it goes, or behind all others if it is late wherever it goes: so it makes nobody else late."""
         is_hopeless = self._fleet.knows_costs and self._overload.is_hopeless(placement)
         if is_hopeless and not request.is_deferred:
@@ -196,15 +196,15 @@ class Controller:
         home = placement.decode[0] if placement.decode else placement.prefill
         names = [placement.prefill, *placement.decode]
         self._assignments[request.request_id] = Assignment(frontend, request, names, placement.prefill, home)
-        sequence = self._fleet.assign(request, ask, placement)
+        sequence = self._fleet.assign(request, ask, placement, now_s)
         dispatch = Dispatch(sequence, request, 0, self._frontends[frontend], placement.decode)
         self._send(self._views[placement.prefill].peer.address, dispatch)
 
-    def _place_again(self, request_id: str) -> None:
+    def _place_again(self, request_id: str, now_s: float) -> None:
         """An instance has given it back before it began."""
         if (assignment := self._assignments.get(request_id)) is None:
             return
-        self._fleet.leave(request_id, assignment.home)
+        self._fleet.forget(request_id, assignment.instances[0], assignment.home)
         ask = self._fleet.ask(assignment.request)
         placement = self._fleet.place(ask, assignment.request)
         if placement is None:
@@ -212,7 +212,7 @@ class Controller:
                 request_id, "the instance that held this request is being retired, and no other can", "unavailable"
             )
         else:
-            self._dispatch(assignment.frontend, assignment.request, ask, placement)
+            self._dispatch(assignment.frontend, assignment.request, ask, placement, now_s)
 
     def _why_nowhere(self, request: Request) -> Rejected:
         if not any(view.is_available for view in self._views.values()):
@@ -307,7 +307,7 @@ class Controller:
         for request_id, owner in message.handed_over:
             self._on_handed_over(request_id, owner)
         for request_id in message.returned:
-            self._place_again(request_id)
+            self._place_again(request_id, now_s)
         for request_id, num_output_tokens in message.finished:
             self._learn_length(request_id, num_output_tokens)
             self._settle(request_id)
@@ -389,7 +389,7 @@ class Controller:
     def _settle(self, request_id: str) -> None:
         if (assignment := self._assignments.pop(request_id, None)) is None:
             return
-        self._fleet.leave(request_id, assignment.home)
+        self._fleet.forget(request_id, assignment.instances[0], assignment.home)
         self._remember(Accepted(request_id))
 
     def _remember(self, answer: Accepted | Rejected) -> None:

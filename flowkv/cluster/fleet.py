@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from flowkv.cluster.columns import Columns
 from flowkv.cluster.demand import Demand
 from flowkv.cluster.lengths import OutputLengths
-from flowkv.cluster.load import Home, InstanceView
+from flowkv.cluster.load import Home, InstanceView, PredictionError
 from flowkv.cluster.policy import POLICIES, Ask
 from flowkv.cluster.roles import Rating, RolePolicy, Verdict
 from flowkv.cluster.scheduler import Placement, place
@@ -33,6 +33,7 @@ class Fleet:
         self._policy = POLICIES[scheduling.policy]
         self._columns = Columns()
         self._common_cost = LearntCost()  # of all instances: what is believed of one that has shown nothing yet
+        self._errors = {role: PredictionError() for role in Role}
         self._demand = Demand()
         self._roles = RolePolicy()
 
@@ -43,7 +44,7 @@ class Fleet:
     # --- instances -------------------------------------------------------------------------------------------------
 
     def add(self, message: Register) -> InstanceView:
-        view = InstanceView(message, self._slo.max_step_s, self._common_cost)
+        view = InstanceView(message, self._slo.max_step_s, self._common_cost, self._errors)
         self.views[view.name] = view
         self._columns.add(view.name)
         self.refresh(view)
@@ -97,10 +98,10 @@ class Fleet:
         """Count a request, whatever becomes of it, as demand."""
         self._demand.add(ask.num_prompt_tokens, ask.num_output_tokens * ask.num_choices, now_s)
 
-    def assign(self, request: Request, ask: Ask, placement: Placement) -> int:
+    def assign(self, request: Request, ask: Ask, placement: Placement, now_s: float) -> int:
         """Count a request that is being sent to its place; its dispatch sequence number there."""
         prefill = self.views[placement.prefill]
-        sequence = prefill.dispatched(request)
+        sequence = prefill.dispatched(request, placement.ttft_s, now_s)
         tokens = ask.num_prompt_tokens + ask.num_choices * ask.num_output_tokens / 2
         home = self.views[placement.decode[0]] if placement.decode else prefill
         is_near = not request.is_deferred  # nobody knows when such a one will come
@@ -114,13 +115,18 @@ class Fleet:
         if source == target or (view := self.views.get(source)) is None:
             return
         home = view.homes.get(request_id)
-        self.leave(request_id, source)
+        self._leave(request_id, source)
         if home is not None and (taker := self.views.get(target)) is not None:
             taker.add_home(request_id, home)
             self.refresh(taker)
 
-    def leave(self, request_id: str, name: str) -> None:
-        """It is over, or goes elsewhere."""
+    def forget(self, request_id: str, prefill: str, home: str) -> None:
+        """It is over, or is to be placed again."""
+        if (view := self.views.get(prefill)) is not None:
+            view.forget(request_id)
+        self._leave(request_id, home)
+
+    def _leave(self, request_id: str, name: str) -> None:
         if (view := self.views.get(name)) is not None:
             view.remove_home(request_id)
             self.refresh(view)
@@ -142,7 +148,7 @@ class Fleet:
         output_tokens_per_s = self._demand.output_tokens_per_s(now_s)
         for view in views:
             prefill_per_s = mean_prompt / max(1e-9, view.prompt_s(int(mean_prompt)))
-            step_s = max(_MIN_STEP_S, self._target_step_s(view))
+            step_s = max(_MIN_STEP_S, self._target_step_s(view, mean_held))
             choices = _TARGET * view.decode_capacity(step_s, mean_held)
             by_rate = choices / step_s / output_tokens_per_s if output_tokens_per_s > 0 else _MAX_RATING
             by_number = choices / num_decoding if num_decoding else _MAX_RATING
@@ -150,10 +156,10 @@ class Fleet:
             load = view.queued_tokens + view.load.num_decoding
             yield Rating(view.name, view.role, prefill, min(by_rate, by_number), load, self._may_flip(view, now_s))
 
-    def _target_step_s(self, view: InstanceView) -> float:
+    def _target_step_s(self, view: InstanceView, mean_held: float) -> float:
         if self._slo.tpot_s is not None:
             return _TARGET * self._slo.tpot_s
-        return _RELAXED_STEPS * view.cost.coefficients().d0
+        return _RELAXED_STEPS * view.cost.step_s(0, 0, 1, mean_held)
 
     def _may_flip(self, view: InstanceView, now_s: float) -> bool:
         has_proved = view.role is view.wanted_role

@@ -2,10 +2,12 @@
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from flowkv.cluster.liveness import Liveness
+from flowkv.config import DECODE_STEP_FRACTION
 from flowkv.cost import LearntCost, prefill_pairs
 from flowkv.messages import LoadReport, Register, StepSample
 from flowkv.types import InstanceCounters, InstanceLoad, InstanceStatus, LinkStatus, Request, Role
@@ -14,6 +16,9 @@ _FIRST_PREFILL_S = 6.0  # a guess that is generous, since nothing is known: code
 _SMOOTHING_S = 2.0  # how far back PREFILL_FRACTION looks
 _POOL_FRACTION = 0.95  # of a pool that may be promised
 _WRITE_S = 1e-7  # a token's KV to a peer, while no transfer was seen
+_LEARN_ERROR = 0.02  # weight of one request
+_MAX_ERROR = 3.0
+_SHORT_S = 0.05  # TTFTs that are mostly messages and waiting for a step say nothing
 _ROLE_SHARE = {Role.PREFILL: 1, Role.MIXED: 2, Role.DECODE: 4}  # as in EngineConfig.prefill_budget
 
 
@@ -43,6 +48,19 @@ class Work(NamedTuple):
         return Work(self.num_tokens + other.num_tokens, self.num_pairs + other.num_pairs)
 
 
+class PredictionError:
+    """How many times as long as predicted prompts take lately, over all instances of a role: if it were each one's own,
+    an instance that was late once would get nothing more to show that it is not."""
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+
+    def learn(self, ratio: float) -> None:
+        """One more was predicted with the present factor, and took `ratio` times as long."""
+        right = min(_MAX_ERROR, max(1 / _MAX_ERROR, self.factor * ratio))
+        self.factor += _LEARN_ERROR * (right - self.factor)
+
+
 class InstanceView:
     """Reports are always a little old. A dispatch counts from the moment it is sent until a report echoes it.
 
@@ -50,7 +68,9 @@ class InstanceView:
     send its request to the same idle decode instance.
     """
 
-    def __init__(self, message: Register, max_itl_s: float | None, prior: LearntCost) -> None:
+    def __init__(
+        self, message: Register, max_itl_s: float | None, prior: LearntCost, errors: Mapping[Role, "PredictionError"]
+    ) -> None:
         pool = message.peer.pool
         self.peer = message.peer
         self.role = message.role
@@ -83,6 +103,8 @@ class InstanceView:
         self._pairs_per_token = 0.0  # of chunks lately
         self._prefill_fraction = 0.0
         self._reported_s: float | None = None
+        self._predicted: dict[str, tuple[float, float]] = {}  # by request: (when it was sent, TTFT)
+        self._errors = errors
 
     @property
     def name(self) -> str:
@@ -129,14 +151,27 @@ class InstanceView:
 
     # --- what is sent and heard ------------------------------------------------------------------------------------
 
-    def dispatched(self, request: Request) -> int:
-        """Count a request that is being sent here to be prefilled; its dispatch sequence number."""
+    def dispatched(self, request: Request, ttft_s: float, now_s: float) -> int:
+        """Count a request that is being sent here to be prefilled, and what was predicted for it; its dispatch sequence
+        number."""
         sequence, self._next_sequence = self._next_sequence, self._next_sequence + 1
         num_tokens = len(request.prompt_ids)
         work = Work(num_tokens, prefill_pairs(0, num_tokens))
         self._unseen.append((sequence, work, request.is_deferred))
         self._count_unseen(work, request.is_deferred)
+        if not request.is_deferred and ttft_s > _SHORT_S:
+            self._predicted[request.request_id] = (now_s, ttft_s)
         return sequence
+
+    def _learn_error(self, request_id: str, now_s: float) -> None:
+        """Its first token came: what does not last as long as predicted is believed to do so again."""
+        if (predicted := self._predicted.pop(request_id, None)) is not None:
+            since_s, ttft_s = predicted
+            self._errors[self.wanted_role].learn((now_s - since_s) / ttft_s)
+
+    def forget(self, request_id: str) -> None:
+        """It is over, or goes elsewhere."""
+        self._predicted.pop(request_id, None)
 
     def _count_unseen(self, work: "Work", is_deferred: bool) -> None:
         if is_deferred:
@@ -172,6 +207,8 @@ class InstanceView:
             self._reported_s = now_s
         elif self._reported_s is None:
             self._reported_s = now_s
+        for request_id in report.prefilled:
+            self._learn_error(request_id, now_s)
         self.liveness.heard()
         self.is_drained = report.is_drained
         self.unanswered = {key: self.unanswered.get(key, 0.0) for key in report.unanswered}
@@ -219,7 +256,7 @@ class InstanceView:
         c = self.cost.coefficients()
         load = self.load
         step_s = c.d0 + c.d1 * load.num_decoding + c.d2 * load.decode_context_tokens if load.num_decoding else 0.0
-        chunks = self._chunks()
+        chunks, error = self._chunks(), self._errors[self.wanted_role].factor
         return (
             self.is_available,
             self.wanted_role is Role.PREFILL,
@@ -227,10 +264,10 @@ class InstanceView:
             self.pool_tokens,
             self.max_choices,
             _POOL_FRACTION * self.pool_tokens - self.home_tokens,
-            self.queue.num_tokens * chunks.token_s + self.queue.num_pairs * c.p2 + 0.5 * step_s,
-            self.deferred.num_tokens * chunks.token_s + self.deferred.num_pairs * c.p2,
-            chunks.token_s,
-            c.p2,
+            error * (self.queue.num_tokens * chunks.token_s + self.queue.num_pairs * c.p2) + 0.5 * step_s,
+            error * (self.deferred.num_tokens * chunks.token_s + self.deferred.num_pairs * c.p2),
+            error * chunks.token_s,
+            error * c.p2,
             load.num_decoding,
             step_s,
             max(step_s, chunks.step_s),
@@ -253,7 +290,8 @@ class InstanceView:
         slots = max(load.decode_context_tokens, (load.decode_context_tokens + self.home_tokens) / 2)
         num_tokens = self.max_batch_tokens
         if self._max_itl_s is not None and (choices or self.wanted_role is not Role.PREFILL):
-            most = self.cost.max_prefill_tokens(self._max_itl_s, choices, slots, int(self._pairs_per_token))
+            bound_s = self._max_itl_s * (DECODE_STEP_FRACTION if self.wanted_role is Role.DECODE else 1.0)
+            most = self.cost.max_prefill_tokens(bound_s, choices, slots, int(self._pairs_per_token))
             num_tokens = min(num_tokens, most)
         elif choices:
             num_tokens //= _ROLE_SHARE[self.wanted_role]

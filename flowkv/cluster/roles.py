@@ -16,6 +16,10 @@ _BETTER = 1.15  # times as good another division must be
 _LOOKS = 2  # in a row
 _STICKY = 1.2  # what an instance's present role is worth in the order of instances
 _BUSY = 0.5  # utilisation below which nothing is short, and roles stay
+_ALL_MIXED = 0.9  # utilisation of the whole cluster from which on nobody can be spared for one phase alone
+_SMOOTHING = 0.05  # weight of a look
+_MAX_PRESSURE = 2.0  # as much counts of a moment
+_SPLIT_AGAIN = 0.7  # and below which roles are divided again
 _FULL = 1.0  # utilisation of the whole cluster from which on it is overloaded
 _SLACK = 0.35  # and below which it is underloaded
 _OVERLOADED_LOOKS = 6
@@ -49,6 +53,7 @@ class RolePolicy:
     def __init__(self) -> None:
         self._division: dict[str, Role] = {}  # that was better at the last look
         self._num_looks = 0
+        self._pressure = 0.0  # total utilisation, smoothed
         self._overloaded_looks = 0
         self._underloaded_looks = 0
 
@@ -58,6 +63,7 @@ class RolePolicy:
             return Verdict(Regime.NORMAL)
         now = utilisation(ratings, {r.name: r.role for r in ratings})
         least = total_utilisation(ratings)
+        self._pressure += _SMOOTHING * (min(least, _MAX_PRESSURE) - self._pressure)
         self._count(least)
         flips = self._flips(ratings, now) if len(ratings) > 1 else []
         regime = self._regime(now, least, bool(flips))
@@ -80,10 +86,17 @@ class RolePolicy:
             return Regime.IMBALANCED
         return Regime.UNDERLOADED if least < _SLACK else Regime.NORMAL
 
+    def _best(self, ratings: Sequence[Rating]) -> dict[str, Role]:
+        """Everyone does both where there is no slack: a division always leaves some, on one side or the other."""
+        num_mixed = sum(r.role is Role.MIXED for r in ratings)
+        bound = _SPLIT_AGAIN if 2 * num_mixed > len(ratings) else _ALL_MIXED
+        return {r.name: Role.MIXED for r in ratings} if self._pressure >= bound else best_division(ratings)
+
     def _flips(self, ratings: Sequence[Rating], now: float) -> list[tuple[str, Role]]:
         """Towards the best division, once it was better for some looks in a row."""
-        division = best_division(ratings)
-        if now < _BUSY or utilisation(ratings, division) * _BETTER > now:
+        division = self._best(ratings)
+        is_mixing = set(division.values()) == {Role.MIXED}
+        if not is_mixing and (now < _BUSY or utilisation(ratings, division) * _BETTER > now):
             self._num_looks = 0
             return []
         is_same_way = _num_prefill(division) - _num_prefill(self._division)
@@ -94,7 +107,7 @@ class RolePolicy:
         self._num_looks = 0
         flips = [(r.name, division[r.name]) for r in ratings if r.may_flip and division[r.name] is not r.role]
         after = {r.name: r.role for r in ratings} | dict(flips)
-        return flips if _has_both(after) and utilisation(ratings, after) < now else []
+        return flips if _has_both(after) and (is_mixing or utilisation(ratings, after) < now) else []
 
 
 def utilisation(ratings: Sequence[Rating], roles: dict[str, Role]) -> float:

@@ -46,7 +46,8 @@ def place(ask: Ask, loads: Columns, policy: Policy, *, is_flexible: bool, is_sho
         local[(loads.column(Field.IS_PREFILL) > 0) & np.isfinite(decode).any()] = np.inf
         prefill[loads.column(Field.IS_PREFILL) == 0] = np.inf  # others keep what they prefill
     first, second, both = int(prefill.argmin()), int(decode.argmin()), int(local.argmin())
-    remote = prefill[first] + decode[second] if first != second else np.inf
+    keeps = first == second or (_is_mixed(loads, first) and _is_mixed(loads, second))
+    remote = np.inf if keeps else prefill[first] + decode[second]
     if not local[both] > remote:
         return _placement(loads, scores, both, [])
     return _placement(loads, scores, first, _best(decode, second, first))
@@ -77,6 +78,10 @@ def _able(ask: Ask, loads: Columns) -> _Mask:
         & (loads.column(Field.MAX_CHOICES) >= ask.num_choices)
     )
     return able
+
+
+def _is_mixed(loads: Columns, row: int) -> bool:
+    return not (loads.column(Field.IS_PREFILL)[row] or loads.column(Field.IS_DECODE)[row])
 
 
 def _all(loads: Columns) -> _Mask:

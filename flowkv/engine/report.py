@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from flowkv.cost import LearntCost
-from flowkv.engine.batch import Batch, BatchResult
+from flowkv.engine.batch import Batch, BatchItem, BatchResult
 from flowkv.engine.effects import Send
 from flowkv.engine.steps import StepLog
 from flowkv.engine.transfers import TransferCounters
@@ -42,6 +42,7 @@ class Reporter:
         self._finished: list[tuple[str, int]] = []
         self._handed_over: list[tuple[str, str]] = []
         self._returned: list[str] = []
+        self._prefilled: list[str] = []
 
     def dispatched(self, sequence: int) -> None:
         self.dispatch_sequence = sequence
@@ -61,6 +62,7 @@ class Reporter:
 
     def add_steps(self, batch: Batch, result: BatchResult, step_seconds: Sequence[float]) -> None:
         if self._steps.add(batch, result, step_seconds):
+            self._prefilled += [item.sequence.request.request_id for item in batch.items if _is_prompts_last(item)]
             self._hurry()
 
     def counters(self, transfers: TransferCounters, num_preemptions: int, num_expired_leases: int) -> InstanceCounters:
@@ -101,12 +103,18 @@ class Reporter:
             now.links,
             now.unanswered,
             now.is_drained,
+            self._prefilled,
         )
         self.is_due = False
         self._last_report_s = now_s
         self.due_s = now_s + _SLOW_INTERVAL_S
-        self._finished, self._handed_over, self._returned = [], [], []
+        self._finished, self._handed_over, self._returned, self._prefilled = [], [], [], []
         return Send(self._address, report)
 
     def _hurry(self) -> None:
         self.due_s = min(self.due_s, self._last_report_s + _BUSY_INTERVAL_S)
+
+
+def _is_prompts_last(item: BatchItem) -> bool:
+    """Whether the first token came of it; preempted choices, which are computed again, end later."""
+    return item.start < item.sequence.num_prompt == item.stop

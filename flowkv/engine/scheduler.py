@@ -4,12 +4,14 @@ from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flowkv.config import EngineConfig
+from flowkv.config import DECODE_STEP_FRACTION, EngineConfig
 from flowkv.cost import LearntCost, prefill_pairs
 from flowkv.engine.batch import BatchItem
 from flowkv.engine.sequence import Sequence
 from flowkv.kv.blocks import BlockCopy, BlockManager
 from flowkv.types import Role
+
+_BARE_EVERY = 100
 
 
 class HybridScheduler:
@@ -38,6 +40,7 @@ class HybridScheduler:
         self.num_preemptions = 0
         self.is_pinned: Callable[[Sequence], bool] = lambda sequence: False
         self._max_itl_s = max_itl_s
+        self._num_shared = 0  # steps of decodes beside which there was a prompt to compute
         self._waiting_prompts = Prompts()
         self._deferred_prompts = Prompts()  # waiting: of requests that let all others pass
 
@@ -100,7 +103,7 @@ class HybridScheduler:
         return step
 
     def _schedule_prefills(self, step: "Step") -> None:
-        if not self.prefilling and not self.waiting:
+        if (not self.prefilling and not self.waiting) or self._is_bare():
             return
         budget = self._prefill_budget()
         deferred = [s for s in self.prefilling if s.request.is_deferred]
@@ -111,6 +114,13 @@ class HybridScheduler:
             budget -= self._add_chunk(step, self.prefilling[-1], budget)
         for sequence in deferred:
             budget -= self._add_chunk(step, sequence, budget)
+
+    def _is_bare(self) -> bool:
+        """Now and then a step decodes alone, where chunks are sized by what that costs: it must not be forgotten."""
+        if self._max_itl_s is None or not self.decoding:
+            return False
+        self._num_shared = (self._num_shared + 1) % _BARE_EVERY
+        return self._num_shared == 0
 
     def _start_next(self, has_deferred: bool) -> bool:
         """The first that waits; one that lets others pass only where no such one has begun."""
@@ -126,8 +136,9 @@ class HybridScheduler:
         if self._max_itl_s is None or (self.role is Role.PREFILL and not self.decoding):
             return self.config.prefill_budget(self.role, len(self.decoding))
         start = self.prefilling[0].num_computed if self.prefilling else 0
+        bound_s = self._max_itl_s * (DECODE_STEP_FRACTION if self.role is Role.DECODE else 1.0)
         num_tokens = self.cost.max_prefill_tokens(
-            self._max_itl_s, len(self.decoding), self.decode_context_tokens, start
+            bound_s, len(self.decoding), self.decode_context_tokens, start
         )  # fmt: skip
         size = self.blocks.block_size
         return max(size, min(num_tokens - num_tokens % size, self.config.max_batch_tokens))

@@ -5,9 +5,10 @@ import pytest
 
 from flowkv import __version__
 from flowkv.cluster.admission import mismatch
-from flowkv.cluster.load import InstanceView
+from flowkv.cluster.fleet import Fleet
+from flowkv.config import SchedulingConfig, SloConfig
 from flowkv.messages import PeerInfo, Register
-from flowkv.types import InstanceLoad, ModelInfo, PoolDescriptor, Role
+from flowkv.types import ModelInfo, PoolDescriptor, Role
 
 MODEL = ModelInfo(name="m", dtype="float32", vocab_size=10, max_model_tokens=1000, fingerprint="f")
 POOL = PoolDescriptor(
@@ -17,7 +18,8 @@ FITS = Register(PeerInfo("decode-0@node-1", "a", POOL), Role.DECODE, MODEL, 16, 
 
 
 def refusal(register: Register, backend: str = "auto") -> str | None:
-    view = InstanceView(PeerInfo("prefill-0", "p", POOL), Role.PREFILL, 16, 8, InstanceLoad())
+    there = msgspec.structs.replace(FITS, peer=PeerInfo("prefill-0", "p", POOL), role=Role.PREFILL)
+    view = Fleet(SloConfig(), SchedulingConfig()).add(there)
     return mismatch(register, "epoch", MODEL, [view], backend)
 
 

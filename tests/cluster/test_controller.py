@@ -1,105 +1,22 @@
 import pytest
 
-from flowkv import __version__
-from flowkv.cluster.controller import Controller
 from flowkv.errors import ProtocolError
 from flowkv.messages import (
     Abort,
     Accepted,
     ClusterStatus,
-    Dispatch,
-    FrontendHello,
     InstanceExited,
-    LoadReport,
-    Message,
     PeerDown,
     PeerInfo,
     PeerUp,
-    Register,
     Registered,
     RegistrationRefused,
     Rejected,
-    StepSample,
     Submit,
 )
-from flowkv.types import InstanceCounters, InstanceLoad, LinkStatus, ModelInfo, Request, Role, SamplingParams
+from flowkv.types import ModelInfo, Request, Role, SamplingParams
+from tests.cluster.rig import STALL_S, Rig, prefill_step
 from tests.pools import descriptor
-
-LEASE_S = 2.5
-STALL_S = 5
-MODEL = ModelInfo(name="m", dtype="float32", vocab_size=10, max_model_tokens=1000)
-
-
-class Rig:
-    """A controller and what it says, by address."""
-
-    def __init__(self, *roles: Role, num_blocks: int = 100) -> None:
-        self.controller = Controller(len(roles), "epoch", "local", LEASE_S)
-        self.now_s = 0.0
-        self.controller.tick(self.now_s)
-        self.num_blocks = num_blocks
-        self.names: list[str] = []
-        self.take(FrontendHello("f", "f"))
-        for i, role in enumerate(roles):
-            self.register(f"{role}-{i}", role)
-
-    def register(self, name: str, role: Role, layout: str = "L", model: ModelInfo = MODEL) -> list[tuple[str, Message]]:
-        """All of its answers, its links to and from all others included."""
-        peer = PeerInfo(name, name, descriptor(name, layout, self.num_blocks))
-        out = self.take(Register(peer, role, model, 16, 8, __version__, "epoch"))
-        if any(isinstance(message, RegistrationRefused) for _, message in out):
-            return out
-        self.names.append(name)
-        for sender in self.names:
-            links = [LinkStatus(peer=other, backend="local") for other in self.names if other != sender]
-            load = InstanceLoad(free_blocks=self.num_blocks)
-            out += self.take(LoadReport(sender, 0, load, InstanceCounters(), [], [], [], links))
-        return out
-
-    def wait(self, seconds: int, *heard: str) -> list[tuple[str, Message]]:
-        """What is said while time passes; the instances `heard` report every second."""
-        for _ in range(seconds):
-            self.now_s += 1.0
-            for name in heard:
-                self.controller.handle(finished(name), self.now_s)
-            self.controller.tick(self.now_s)
-        return [out for out in self.controller.take_messages() if not isinstance(out[1], ClusterStatus)]
-
-    def status(self) -> ClusterStatus:
-        [(_, status)] = self.take(FrontendHello("f", "f"))
-        assert isinstance(status, ClusterStatus)
-        return status
-
-    def take(self, message: Message) -> list[tuple[str, Message]]:
-        self.controller.handle(message, 0.0)
-        return self.controller.take_messages()
-
-    def submit(self, request_id: str, num_tokens: int = 20, max_tokens: int = 10) -> list[tuple[str, Message]]:
-        sampling = SamplingParams(max_tokens=max_tokens)
-        return self.take(Submit("f", Request(request_id=request_id, prompt_ids=[1] * num_tokens, sampling=sampling)))
-
-    def dispatch(self, request_id: str, **kwargs: int) -> tuple[str, Dispatch]:
-        for address, message in self.submit(request_id, **kwargs):
-            if isinstance(message, Dispatch):
-                return address, message
-        raise AssertionError("nothing was dispatched")
-
-    def report(self, name: str, sequence: int = 0, steps: list[StepSample] | None = None, **load: int) -> None:
-        counters = InstanceCounters()
-        self.take(
-            LoadReport(name, sequence, InstanceLoad(free_blocks=self.num_blocks, **load), counters, steps or [], [])
-        )
-
-
-def finished(
-    name: str,
-    *request_ids: str,
-    handed_over: list[tuple[str, str]] | None = None,
-    unanswered: list[tuple[str, str]] | None = None,
-) -> LoadReport:
-    """As from an instance that has nothing else to say."""
-    load, counters = InstanceLoad(), InstanceCounters()
-    return LoadReport(name, 99, load, counters, [], list(request_ids), handed_over or [], [], unanswered or [])
 
 
 def test_ready_when_all_have_registered_and_everyone_knows_everyone() -> None:
@@ -145,8 +62,8 @@ def test_blocks_of_requests_on_their_way_count_as_taken() -> None:
 def test_the_faster_instance_gets_the_longer_queue() -> None:
     rig = Rig(Role.PREFILL, Role.PREFILL, Role.DECODE)
     for _ in range(50):
-        rig.report("prefill-0", steps=[StepSample(100, 0, 100, 1.0)], waiting_tokens=100)
-        rig.report("prefill-1", steps=[StepSample(100, 0, 100, 0.1)], waiting_tokens=300)
+        rig.report("prefill-0", steps=[prefill_step(100, 1.0)], waiting_tokens=100)
+        rig.report("prefill-1", steps=[prefill_step(100, 0.1)], waiting_tokens=300)
     assert rig.dispatch("r")[0] == "prefill-1"
 
 
@@ -175,7 +92,7 @@ def test_a_repeated_submit_runs_nothing_twice_not_even_after_the_end() -> None:
     rig = Rig(Role.MIXED)
     rig.submit("r")
     assert rig.submit("r") == [("f", Accepted("r"))]
-    rig.take(finished("mixed-0", "r"))
+    rig.take(rig.finished("mixed-0", "r"))
     assert rig.submit("r") == [("f", Accepted("r"))]
     assert rig.controller.num_assignments == 0
 
@@ -184,14 +101,14 @@ def test_an_abort_goes_to_all_who_may_hold_some_of_it() -> None:
     rig = Rig(Role.PREFILL, Role.DECODE, Role.DECODE)
     rig.submit("r")
     assert {address for address, _ in rig.take(Abort("r"))} == {"prefill-0", "decode-1", "decode-2"}
-    rig.take(finished("prefill-0", "r"))
+    rig.take(rig.finished("prefill-0", "r"))
     assert {address for address, _ in rig.take(Abort("r"))} == {"prefill-0", "decode-1", "decode-2"}
 
 
 def test_the_death_of_the_owner_ends_the_request_and_is_told_to_all() -> None:
     rig = Rig(Role.PREFILL, Role.DECODE, Role.DECODE)
     rig.submit("r")
-    rig.take(finished("prefill-0", handed_over=[("r", "decode-1")]))
+    rig.take(rig.finished("prefill-0", handed_over=[("r", "decode-1")]))
     out = rig.take(InstanceExited("decode-1", "was killed"))
     assert ("prefill-0", PeerDown("decode-1")) in out and ("decode-2", PeerDown("decode-1")) in out
     [failure] = [message for _, message in out if isinstance(message, Rejected)]
@@ -203,7 +120,7 @@ def test_a_handoff_to_one_that_has_died_meanwhile_ends_the_request() -> None:
     rig = Rig(Role.PREFILL, Role.DECODE)
     rig.submit("r")
     rig.take(InstanceExited("decode-1", "was killed"))
-    out = rig.take(finished("prefill-0", handed_over=[("r", "decode-1")]))
+    out = rig.take(rig.finished("prefill-0", handed_over=[("r", "decode-1")]))
     assert any(isinstance(message, Rejected) for _, message in out)
 
 
@@ -241,7 +158,7 @@ def test_a_silent_instance_is_stalled_and_what_it_owns_ends() -> None:
         "prefill-1",
         "prefill-0",
     ]
-    rig.take(finished("prefill-0", handed_over=[("decoding", "decode-2")]))
+    rig.take(rig.finished("prefill-0", handed_over=[("decoding", "decode-2")]))
     assert rig.wait(STALL_S - 1, "prefill-1", "decode-2") == []
     out = rig.wait(1, "prefill-1", "decode-2")
     [failure] = [message for _, message in out if isinstance(message, Rejected)]
@@ -258,8 +175,8 @@ def test_a_stalled_instance_gets_nothing_until_it_is_heard_again() -> None:
     rig.wait(STALL_S, "prefill-1", "decode-3")
     address, dispatch = rig.dispatch("r")
     assert (address, dispatch.decode_instances) == ("prefill-1", ["decode-3"])
-    rig.take(finished("prefill-0"))
-    rig.take(finished("decode-2"))
+    rig.take(rig.finished("prefill-0"))
+    rig.take(rig.finished("decode-2"))
     address, dispatch = rig.dispatch("s")
     assert address == "prefill-0" and set(dispatch.decode_instances) == {"decode-2", "decode-3"}
     assert not any(status.is_stalled for status in rig.status().instances)
@@ -272,16 +189,16 @@ def test_with_every_instance_stalled_the_answer_is_503() -> None:
     assert not rig.status().ready
     [(_, answer)] = rig.submit("r")
     assert isinstance(answer, Rejected) and answer.status == 503 and "stalled" in answer.message
-    rig.take(finished("decode-1"))
+    rig.take(rig.finished("decode-1"))
     assert rig.dispatch("s")[0] == "decode-1"
 
 
 def test_an_instance_may_be_silent_for_as_long_as_its_steps_need() -> None:
     rig = Rig(Role.PREFILL)
-    rig.report("prefill-0", steps=[StepSample(10, 0, 10, 1.0)] * 100)  # 0.1 s a token
+    rig.report("prefill-0", steps=[prefill_step(10, 1.0)] * 100)
     rig.dispatch("r", num_tokens=1000)
-    assert rig.wait(10) == []  # 10 times 10 tokens
-    assert rig.wait(1) != []
+    assert rig.wait(9) == []  # ten steps' time
+    assert rig.wait(2) != []
 
 
 def test_the_first_prompt_of_an_instance_may_take_a_minute() -> None:
@@ -302,10 +219,10 @@ def test_a_handoff_that_only_a_stalled_instance_could_answer_for_ends() -> None:
     rig = Rig(Role.PREFILL, Role.DECODE)
     rig.submit("r")
     rig.wait(STALL_S - 1, "prefill-0")
-    assert rig.take(finished("prefill-0", unanswered=[("r", "decode-1")])) == []
+    assert rig.take(rig.finished("prefill-0", unanswered=[("r", "decode-1")])) == []
     out = rig.wait(1, "prefill-0")
     assert out == []  # the last word of the prefill instance was that it has been answered
-    out = rig.take(finished("prefill-0", unanswered=[("r", "decode-1")]))
+    out = rig.take(rig.finished("prefill-0", unanswered=[("r", "decode-1")]))
     assert ("prefill-0", Abort("r")) in out and ("decode-1", Abort("r")) in out
     assert [m.code for _, m in out if isinstance(m, Rejected)] == ["instance_stalled"]
 
@@ -314,17 +231,17 @@ def test_a_handoff_that_nobody_answers_for_ends_even_if_the_peer_is_heard_by_oth
     rig = Rig(Role.PREFILL, Role.DECODE)
     rig.submit("r")
     for second in range(1, STALL_S):
-        rig.take(finished("prefill-0", unanswered=[("r", "decode-1")]))
+        rig.take(rig.finished("prefill-0", unanswered=[("r", "decode-1")]))
         assert rig.wait(1, "decode-1") == [], second
-    out = rig.take(finished("prefill-0", unanswered=[("r", "decode-1")])) + rig.wait(1, "decode-1")
+    out = rig.take(rig.finished("prefill-0", unanswered=[("r", "decode-1")])) + rig.wait(1, "decode-1")
     assert [m.code for _, m in out if isinstance(m, Rejected)] == ["instance_stalled"]
 
 
 def test_who_waits_for_an_answer_to_what_has_ended_is_told_once_a_report() -> None:
     rig = Rig(Role.PREFILL, Role.DECODE)
     rig.submit("r")
-    rig.take(finished("decode-1", "r"))
-    assert rig.take(finished("prefill-0", unanswered=[("r", "decode-1")])) == [("prefill-0", Abort("r"))]
+    rig.take(rig.finished("decode-1", "r"))
+    assert rig.take(rig.finished("prefill-0", unanswered=[("r", "decode-1")])) == [("prefill-0", Abort("r"))]
     assert rig.wait(2, "decode-1") == []
 
 
@@ -332,25 +249,22 @@ def test_a_handoff_to_one_that_has_stalled_meanwhile_ends_the_request() -> None:
     rig = Rig(Role.PREFILL, Role.DECODE)
     rig.submit("r")
     rig.wait(STALL_S, "prefill-0")
-    out = rig.take(finished("prefill-0", handed_over=[("r", "decode-1")]))
+    out = rig.take(rig.finished("prefill-0", handed_over=[("r", "decode-1")]))
     assert [m.code for _, m in out if isinstance(m, Rejected)] == ["instance_stalled"]
 
 
 def test_the_new_owner_may_be_the_first_to_say_so() -> None:
     rig = Rig(Role.PREFILL, Role.DECODE)
     rig.submit("r")
-    rig.take(finished("decode-1", handed_over=[("r", "decode-1")]))
+    rig.take(rig.finished("decode-1", handed_over=[("r", "decode-1")]))
     assert not any(isinstance(m, Rejected) for _, m in rig.take(InstanceExited("prefill-0", "was killed")))
-    rig.take(finished("decode-1", "r"))
+    rig.take(rig.finished("decode-1", "r"))
     assert rig.controller.num_assignments == 0
 
 
 def test_a_newcomer_does_not_wait_for_a_link_to_a_stalled_instance() -> None:
     rig = Rig(Role.PREFILL, Role.DECODE)
     rig.wait(STALL_S, "prefill-0")
-    peer = PeerInfo("decode-9", "decode-9", descriptor("decode-9", "L", 100))
-    rig.take(Register(peer, Role.DECODE, MODEL, 16, 8, __version__, "epoch"))
-    load, counters = InstanceLoad(), InstanceCounters()
-    for name, other in (("prefill-0", "decode-9"), ("decode-9", "prefill-0")):
-        out = rig.take(LoadReport(name, 0, load, counters, [], [], [], [LinkStatus(peer=other, backend="local")]))
-    assert ("decode-9", Registered()) in out
+    rig.come("decode-9", Role.DECODE)
+    rig.links_up("prefill-0", "decode-9")
+    assert ("decode-9", Registered()) in rig.links_up("decode-9", "prefill-0")

@@ -50,6 +50,17 @@ class Rig:
         return self.nodes.take_notes()
 
 
+def test_an_instance_is_stopped_by_the_launcher_of_its_node() -> None:
+    rig = Rig()
+    rig.join("l1")
+    assert rig.register("decode-0@node-1") is None
+    assert rig.register("decode-0") is None
+    assert rig.nodes.launcher_address("decode-0@node-1") == "tcp://l1"
+    assert rig.nodes.launcher_address("decode-0") is None
+    rig.take(Leave("l1"))
+    assert rig.nodes.launcher_address("decode-0@node-1") is None
+
+
 def test_a_node_is_welcomed_with_a_name_of_its_own_however_often_it_asks() -> None:
     rig = Rig()
     assert rig.join("l1") == Welcome("node-1", "epoch", CONFIG, "toy")
