@@ -38,7 +38,7 @@ class Overload:
     def is_hopeless(self, placement: Placement) -> bool:
         """Whether a request will miss the SLO, as it seems, wherever it is placed."""
         bound_s = self._slo.ttft_s
-        return bound_s is not None and placement.ttft_s > _HOPELESS * bound_s
+        return self._slo.late_last and bound_s is not None and placement.ttft_s > _HOPELESS * bound_s
 
     def _late(self, ask: Ask, placement: Placement) -> tuple[str, float] | None:
         bound_s = self._slo.ttft_s

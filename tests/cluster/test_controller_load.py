@@ -77,11 +77,9 @@ def test_answers_that_ended_tell_how_long_the_next_will_be() -> None:
 def test_what_is_returned_is_placed_again_once() -> None:
     rig = rig_of(P, P, D)
     address, dispatch = rig.dispatch("r", num_tokens=500)
-    other = ({"prefill-0", "prefill-1"} - {address}).pop()
-    rig.report(other, waiting_tokens=100)
     out = rig.report(address, returned=["r"], waiting_tokens=10_000)
     [(again, second)] = dispatches(out)
-    assert again == other and second.request == dispatch.request
+    assert again != address and second.request == dispatch.request
     assert of_type(out, Accepted) == [] and rig.controller.num_assignments == 1
     assert dispatches(rig.report(address)) == []
     rig.report(again, finished=[("r", 10)])
@@ -143,7 +141,19 @@ def test_with_admission_a_request_that_would_be_late_is_refused_and_told_when_to
     assert dispatches(rig.submit("s", 100))
 
 
-def test_a_refused_request_goes_nowhere_if_one_instance_is_free_it_goes_there() -> None:
+def test_with_admission_a_request_is_served_in_time_or_refused_and_never_put_behind_all_others() -> None:
+    rig = admitting(M)
+    answers = list[str]()
+    for waiting in range(0, 2000, 10):
+        rig.report("mixed-0", waiting_tokens=waiting)
+        out = rig.submit(f"r{waiting}", 100)
+        answers += ["deferred" if d.request.is_deferred else "served" for _, d in dispatches(out)]
+        answers += ["refused" for _ in of_type(out, Rejected)]
+    assert set(answers) == {"served", "refused"}
+    assert answers == sorted(answers, reverse=True)
+
+
+def test_nobody_is_refused_while_one_instance_is_free() -> None:
     rig = admitting(M, M)
     rig.report("mixed-0", waiting_tokens=8000)
     assert rig.dispatch("r", num_tokens=100)[0] == "mixed-1"

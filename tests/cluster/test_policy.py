@@ -8,6 +8,7 @@ from flowkv.config import SloConfig
 from tests.cluster.loads import D, P, ask, columns, decodes, home, placed, queue
 
 SLO = SloConfig(ttft_s=1.0, tpot_s=0.1)
+FULL_P = P | {Field.ROOM_TOKENS: -90_000}  # who prefills here decodes elsewhere
 
 
 def test_on_instances_with_nothing_to_do_each_phase_goes_to_whose_role_it_is() -> None:
@@ -50,7 +51,7 @@ def test_prompts_go_where_they_delay_fewer_who_decode() -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_decodes_go_to_another_than_the_fullest(policy: str) -> None:
-    loads = columns(p=P, a=D | decodes(20), b=D | decodes(60), c=D | decodes(30))
+    loads = columns(p=FULL_P, a=D | decodes(20), b=D | decodes(60), c=D | decodes(30))
     placement = placed(ask(), loads, policy)
     assert placement.decode[0] == "a"
     assert "b" not in placement.decode[:2]
@@ -59,19 +60,18 @@ def test_decodes_go_to_another_than_the_fullest(policy: str) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_one_without_room_for_the_kv_is_avoided(policy: str) -> None:
     full = D | {Field.ROOM_TOKENS: 500}
-    assert home(placed(ask(1000, 100), columns(p=P, a=full, b=D | decodes(50)), policy)) == "b"
-    assert home(placed(ask(300, 100), columns(p=P, a=full, b=D | decodes(50)), policy)) == "a"
+    assert home(placed(ask(1000, 100), columns(p=FULL_P, a=full, b=D | decodes(50)), policy)) == "b"
+    assert home(placed(ask(300, 100), columns(p=FULL_P, a=full, b=D | decodes(50)), policy)) == "a"
 
 
 def test_where_nobody_has_room_the_fullest_is_avoided() -> None:
     nearly, quite = D | {Field.ROOM_TOKENS: 900}, D | {Field.ROOM_TOKENS: -50_000}
-    full = P | {Field.ROOM_TOKENS: -90_000}
-    assert home(placed(ask(1000, 100), columns(p=full, a=quite, b=nearly))) == "b"
+    assert home(placed(ask(1000, 100), columns(p=FULL_P, a=quite, b=nearly))) == "b"
 
 
 def test_all_choices_of_a_request_need_room() -> None:
     tight = D | {Field.ROOM_TOKENS: 2000}
-    loads = columns(p=P, a=tight, b=D | decodes(20))
+    loads = columns(p=FULL_P, a=tight, b=D | decodes(20))
     assert home(placed(ask(1000, 500), loads)) == "a"
     assert home(placed(ask(1000, 500, num_choices=4), loads)) == "b"
 
@@ -94,7 +94,8 @@ def test_what_is_urgent_does_not_queue_and_what_is_deferred_queues_behind_all() 
     loads = columns(a=deferred, b=queue(1.0))
     assert placed(ask(), loads).prefill == "a"
     assert placed(ask(is_deferred=True), loads).prefill == "b"
-    urgent = placed(ask(priority=-1), columns(a=queue(5.0) | {Field.TOKEN_S: 5e-5}, b={Field.TOKEN_S: 1e-4}))
+    faster = queue(5.0) | {Field.TOKEN_S: 5e-5}
+    urgent = placed(ask(priority=-1), columns(a=faster, b={Field.TOKEN_S: 1e-4}), is_short=True)
     assert urgent.prefill == "a" and urgent.ttft_s < 1.0
 
 

@@ -24,7 +24,7 @@ def scored(prefill: list[float], decode: list[float], handoff: float = 0.0) -> P
 
 
 def test_the_best_of_each_phase_or_both_on_one_whichever_is_less() -> None:
-    loads = columns(a=MIXED, b=MIXED)
+    loads = columns(a=P, b=D)
     split = place(ask(), loads, scored([1.0, 5.0], [5.0, 1.0], 1.0), is_flexible=True, is_short=False)
     assert split is not None and (split.prefill, split.decode) == ("a", ["b"])
     together = place(ask(), loads, scored([1.0, 5.0], [5.0, 1.0], 9.0), is_flexible=True, is_short=False)
@@ -32,7 +32,7 @@ def test_the_best_of_each_phase_or_both_on_one_whichever_is_less() -> None:
 
 
 def test_who_is_asked_to_decode_best_first_and_not_who_prefills() -> None:
-    loads = columns(**{f"i{n}": MIXED for n in range(9)})
+    loads = columns(i0=P, **{f"i{n}": D for n in range(1, 9)})
     decode = [0.0, 7.0, 3.0, 5.0, 1.0, 9.0, 4.0, 8.0, 6.0]
     placement = place(
         ask(), loads, scored([0.0] + [50.0] * 8, [40.0, *decode[1:]]), is_flexible=True, is_short=False
