@@ -62,8 +62,8 @@ class SloConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     With a bound on TPOT every step that decodes is kept as short as that: chunks of prompts shrink to what fits. With
     `admission` a request that cannot be answered within the SLO wherever it is placed is refused (429, Retry-After)
-    rather than queued. Without it such a request waits until nobody else does (`late_last`), or in the order of arrival,
-    which makes those behind it late too.
+    rather than queued. Without it such a request waits until nobody else does (`late_last`), or in the order of
+    arrival, which makes those behind it late too.
     """
 
     ttft_s: float | None = None

@@ -138,6 +138,11 @@ class LearntCost:
     def coefficients(self) -> StepCoefficients:
         return StepCoefficients(*self._decode_coefficients(), *self._prefill_coefficients())
 
+    def hopeful(self) -> StepCoefficients:
+        """The same, but a phase that was never tried is believed to be fast: or it never would be tried."""
+        decode, prefill = self._decode_coefficients(), self._prefill_coefficients()
+        return StepCoefficients(*_hoped(decode, self._decode), *_hoped(prefill, self._prefill))
+
     def step_s(
         self, prefill_tokens: int, prefill_pairs: float, decode_choices: int, decode_context_tokens: float
     ) -> float:
@@ -172,11 +177,11 @@ class LearntCost:
 
 
 def _known(own: _Fit, prior: _Fit | None) -> tuple[float, ...]:
-    """What is believed of a phase: of one that was never tried, better than of others, or it never would be."""
-    if prior is None or not prior.num_samples:
-        return own.coefficients()
-    believed = prior.coefficients()
-    return own.coefficients(believed) if own.num_samples else tuple(_OPTIMISM * value for value in believed)
+    return own.coefficients(prior.coefficients() if prior is not None and prior.num_samples else None)
+
+
+def _hoped(values: tuple[float, ...], fit: _Fit) -> tuple[float, ...]:
+    return values if fit.num_samples else tuple(_OPTIMISM * value for value in values)
 
 
 def prefill_pairs(start: int, num_tokens: int) -> int:

@@ -16,7 +16,7 @@ from flowkv.types import Request, Role
 
 _HORIZON_S = 5.0  # within which a queue should be gone
 _TARGET = 0.85  # of the bound on TPOT, or of a full pool
-_RELAXED_STEPS = 3.0  # where there is no bound: how many times as long as one alone a step may take
+_RELAXED_STEPS = 1.5  # where there is no bound: how many times as long as one alone a step may take
 _MAX_RATING = 1e9  # where nothing comes
 _MIN_STEP_S = 1e-3
 _MIN_COST_SAMPLES = 3

@@ -253,7 +253,7 @@ class InstanceView:
 
     def row(self) -> tuple[float, ...]:
         """What `columns.Field` says, in that order."""
-        c = self.cost.coefficients()
+        c = self.cost.hopeful()
         load = self.load
         step_s = c.d0 + c.d1 * load.num_decoding + c.d2 * load.decode_context_tokens if load.num_decoding else 0.0
         chunks, error = self._chunks(), self._errors[self.wanted_role].factor
