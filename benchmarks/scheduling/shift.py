@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 NAME = "shift"
 COST = "llama-3.1-8b/a100"
 SLO = Slo(ttft_s=2.0, tpot_s=0.025)
-SCALES = (0.18, 0.24, 0.28, 0.31, 0.33, 0.35, 0.38, 0.42)
-SPLITS = {split(n): n for n in (4, 5, 6, 7)}
+SCALES = (0.15, 0.21, 0.26, 0.30, 0.32, 0.34, 0.36, 0.40)
+SPLITS = {split(n): n for n in (5, 6, 7)}
 LATE_LAST = {f"{split(n)}, late last": n for n in (6, 7)}
 SHIFT_S, WHOLE_S = 300.0, 1800.0
 QUICK_SCALES, QUICK_SHIFT_S, QUICK_WHOLE_S = (0.20, 0.40), 15.0, 30.0

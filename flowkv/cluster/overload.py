@@ -36,9 +36,12 @@ class Overload:
         return Rejected(request_id, 429, text, "overloaded", None, max(_MIN_RETRY_S, retry_after_s))
 
     def is_hopeless(self, placement: Placement) -> bool:
-        """Whether a request will miss the SLO, as it seems, wherever it is placed."""
-        bound_s = self._slo.ttft_s
-        return self._slo.late_last and bound_s is not None and placement.ttft_s > _HOPELESS * bound_s
+        """Whether a request will miss the SLO, as it seems, wherever it is placed, and is to wait behind all others.
+
+        With admission none is: it would have been refused.
+        """
+        bound_s, may_wait = self._slo.ttft_s, self._slo.late_last and not self._slo.admission
+        return may_wait and bound_s is not None and placement.ttft_s > _HOPELESS * bound_s
 
     def _late(self, ask: Ask, placement: Placement) -> tuple[str, float] | None:
         bound_s = self._slo.ttft_s

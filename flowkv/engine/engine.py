@@ -184,7 +184,9 @@ class Engine:
     def _may_repeat(self, step: Step) -> bool:
         """Whether the next steps are sure to be as this one, and nothing that time may end is under way."""
         scheduler = self.scheduler
-        is_steady = not step.num_prefills and not step.num_preempted and len(step.items) == len(scheduler.decoding)
+        is_steady = not (step.num_prefills or step.num_preempted or step.is_bare) and len(step.items) == len(
+            scheduler.decoding
+        )
         is_busy = scheduler.prefilling or self._requests.has_limbo or self._held_reserves
         return is_steady and not is_busy and self._sender.is_quiet and self._receiver.quiet_s > 0
 

@@ -11,7 +11,8 @@ from flowkv.engine.sequence import Sequence
 from flowkv.kv.blocks import BlockCopy, BlockManager
 from flowkv.types import Role
 
-_BARE_EVERY = 100
+# Then a step decodes alone, where chunks are sized by what that costs: it must not be forgotten.
+_MOST_SHARED = 100
 
 
 class HybridScheduler:
@@ -40,7 +41,7 @@ class HybridScheduler:
         self.num_preemptions = 0
         self.is_pinned: Callable[[Sequence], bool] = lambda sequence: False
         self._max_itl_s = max_itl_s
-        self._num_shared = 0  # steps of decodes beside which there was a prompt to compute
+        self._num_shared = 0  # steps with decodes and chunks since the last with decodes alone
         self._waiting_prompts = Prompts()
         self._deferred_prompts = Prompts()  # waiting: of requests that let all others pass
 
@@ -103,7 +104,10 @@ class HybridScheduler:
         return step
 
     def _schedule_prefills(self, step: "Step") -> None:
-        if (not self.prefilling and not self.waiting) or self._is_bare():
+        if not self.prefilling and not self.waiting:
+            return
+        if self._num_shared == _MOST_SHARED:
+            self._num_shared, step.is_bare = 0, True
             return
         budget = self._prefill_budget()
         deferred = [s for s in self.prefilling if s.request.is_deferred]
@@ -114,13 +118,8 @@ class HybridScheduler:
             budget -= self._add_chunk(step, self.prefilling[-1], budget)
         for sequence in deferred:
             budget -= self._add_chunk(step, sequence, budget)
-
-    def _is_bare(self) -> bool:
-        """Now and then a step decodes alone, where chunks are sized by what that costs: it must not be forgotten."""
-        if self._max_itl_s is None or not self.decoding:
-            return False
-        self._num_shared = (self._num_shared + 1) % _BARE_EVERY
-        return self._num_shared == 0
+        if self._max_itl_s is not None and self.decoding and step.num_prefills:
+            self._num_shared += 1
 
     def _start_next(self, has_deferred: bool) -> bool:
         """The first that waits; one that lets others pass only where no such one has begun."""
@@ -228,7 +227,7 @@ class HybridScheduler:
 class Step:
     """One step as `HybridScheduler.schedule` puts it together. `copies` are to be made before it."""
 
-    __slots__ = ("begun", "copies", "items", "num_preempted", "num_prefills")
+    __slots__ = ("begun", "copies", "is_bare", "items", "num_preempted", "num_prefills")
 
     def __init__(self) -> None:
         self.items: list[BatchItem] = []
@@ -236,6 +235,7 @@ class Step:
         self.begun: list[Sequence] = []  # those of which this is the first chunk
         self.num_prefills = 0  # items
         self.num_preempted = 0
+        self.is_bare = False  # prompts could have had a chunk in it
 
 
 @dataclass(slots=True)

@@ -188,7 +188,7 @@ class SimInstance:
             case Write():
                 self._world.write(self.name, effect)
             case Connect():
-                self._inbox.append(Linked(effect.peer.instance, BACKEND))
+                self._loop.after(0.0, self.receive, Linked(effect.peer.instance, BACKEND))
             case MoveBlocks():
                 pass  # blocks hold nothing here, and moving them is not on the model's account
             case _:
