@@ -162,8 +162,8 @@ class LearntCost:
         left_s = bound_s - c.d1 * decode_choices - c.d2 * decode_context_tokens
         if left_s < c.d0 or left_s <= c.p0:
             return 0
-        # p2 / 2 * n^2 + (p1 + p2 * start) * n = left_s - p0
-        half, linear, room_s = c.p2 / 2, c.p1 + c.p2 * start, left_s - c.p0
+        # p2 / 2 * n^2 + (p1 + p2 * (start + 1/2)) * n = left_s - p0
+        half, linear, room_s = c.p2 / 2, c.p1 + c.p2 * (start + 0.5), left_s - c.p0
         if linear <= 0 and half <= 0:
             return 2**31
         root = (linear * linear + 4 * half * room_s) ** 0.5

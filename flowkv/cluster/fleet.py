@@ -171,11 +171,15 @@ class Fleet:
         return self._common_cost.num_samples >= _MIN_COST_SAMPLES
 
     def to_retire(self) -> InstanceView | None:
-        """Who holds least, of those that are not the last of their role; None if nobody can go."""
+        """Who holds least, of those that are not the last of their role; None if nobody can go.
+
+        Where roles are flexible the last but one may go whatever its role: the other then does both.
+        """
         views = [view for view in self.views.values() if view.is_available]
         roles = [view.wanted_role for view in views]
 
         def is_spare(view: InstanceView) -> bool:
-            return roles.count(view.wanted_role) > 1 or (Role.MIXED in roles and len(views) > 1)
+            is_last = roles.count(view.wanted_role) == 1 and Role.MIXED not in roles
+            return len(views) > 1 and (not is_last or (self.is_flexible and len(views) == 2))
 
         return min(filter(is_spare, views), key=lambda view: len(view.homes) + view.queued_tokens, default=None)

@@ -54,6 +54,7 @@ class RolePolicy:
         self._division: dict[str, Role] = {}  # that was better at the last look
         self._num_looks = 0
         self._pressure = 0.0  # total utilisation, smoothed
+        self._has_mixed = False  # everyone does both because this policy wanted it
         self._overloaded_looks = 0
         self._underloaded_looks = 0
 
@@ -65,7 +66,7 @@ class RolePolicy:
         least = total_utilisation(ratings)
         self._pressure += _SMOOTHING * (min(least, _MAX_PRESSURE) - self._pressure)
         self._count(least)
-        flips = self._flips(ratings, now) if len(ratings) > 1 else []
+        flips = self._flips(ratings, now) if len(ratings) > 1 else _alone(ratings[0])
         regime = self._regime(now, least, bool(flips))
         scale = 0
         if self._overloaded_looks >= _OVERLOADED_LOOKS:
@@ -88,15 +89,15 @@ class RolePolicy:
 
     def _best(self, ratings: Sequence[Rating]) -> dict[str, Role]:
         """Everyone does both where there is no slack: a division always leaves some, on one side or the other."""
-        num_mixed = sum(r.role is Role.MIXED for r in ratings)
-        bound = _SPLIT_AGAIN if 2 * num_mixed > len(ratings) else _ALL_MIXED
+        bound = _SPLIT_AGAIN if self._has_mixed else _ALL_MIXED
         return {r.name: Role.MIXED for r in ratings} if self._pressure >= bound else best_division(ratings)
 
     def _flips(self, ratings: Sequence[Rating], now: float) -> list[tuple[str, Role]]:
         """Towards the best division, once it was better for some looks in a row."""
         division = self._best(ratings)
         is_mixing = set(division.values()) == {Role.MIXED}
-        if not is_mixing and (now < _BUSY or utilisation(ratings, division) * _BETTER > now):
+        must = is_mixing or self._has_mixed  # one way or back: utilisations do not tell
+        if not must and (now < _BUSY or utilisation(ratings, division) * _BETTER > now):
             self._num_looks = 0
             return []
         is_same_way = _num_prefill(division) - _num_prefill(self._division)
@@ -107,7 +108,10 @@ class RolePolicy:
         self._num_looks = 0
         flips = [(r.name, division[r.name]) for r in ratings if r.may_flip and division[r.name] is not r.role]
         after = {r.name: r.role for r in ratings} | dict(flips)
-        return flips if _has_both(after) and (is_mixing or utilisation(ratings, after) < now) else []
+        if not must and utilisation(ratings, after) >= now:
+            return []
+        self._has_mixed = is_mixing
+        return flips
 
 
 def utilisation(ratings: Sequence[Rating], roles: dict[str, Role]) -> float:
@@ -120,7 +124,7 @@ def utilisation(ratings: Sequence[Rating], roles: dict[str, Role]) -> float:
     mixed = [r for r in ratings if roles[r.name] is Role.MIXED]
     if not mixed:
         return max(_over(1.0, prefill), _over(1.0, decode))
-    low, high = 0.0, max(_over(1.0, prefill + decode), total_utilisation(mixed)) * 2 + 1e-9
+    low, high = 0.0, total_utilisation(mixed)  # were the others to do nothing
     for _ in range(30):  # the least u such that the mixed have time for what the others leave undone at u
         u = (low + high) / 2
         left_prefill, left_decode = max(0.0, 1 - u * prefill), max(0.0, 1 - u * decode)
@@ -185,10 +189,8 @@ def _over(work: float, capacity: float) -> float:
     return work / capacity if capacity > 0 else (0.0 if work <= 0 else 1e9)
 
 
-def _has_both(roles: dict[str, Role]) -> bool:
-    """Whether somebody leans to each phase."""
-    taken = set(roles.values())
-    return Role.MIXED in taken or len(taken) == 2
+def _alone(rating: Rating) -> list[tuple[str, Role]]:
+    return [(rating.name, Role.MIXED)] if rating.role is not Role.MIXED and rating.may_flip else []
 
 
 def _num_prefill(division: dict[str, Role]) -> int:

@@ -112,7 +112,7 @@ def test_flexible_is_compared_with_the_best_split_and_with_mixed_at_each_scale()
 
 
 def test_a_rate_at_which_flexible_is_behind_and_a_split_that_does_too_well_are_misses() -> None:
-    rows = _shift_rows(0.2, {FLEXIBLE: 0.985, MIXED: 0.999, "4P4D": 0.85}) + _shift_rows(
+    rows = _shift_rows(0.2, {FLEXIBLE: 0.985, MIXED: 0.999, "7P1D": 0.85}) + _shift_rows(
         0.4, {FLEXIBLE: 0.9, MIXED: 0.9}
     )
     found = shift.judge(shift.summarize(rows))

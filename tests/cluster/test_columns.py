@@ -3,7 +3,7 @@ from hypothesis import strategies as st
 
 from flowkv.cluster.columns import Columns, Field
 
-NAMES = [f"i{n}" for n in range(20)]
+NAMES = [f"i{n}" for n in range(4)]
 
 
 def values_of(number: int) -> tuple[float, ...]:

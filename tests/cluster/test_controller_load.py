@@ -61,6 +61,19 @@ def test_what_a_report_echoes_counts_once() -> None:
     assert [rig.dispatch(f"s{i}", num_tokens=400)[0] for i in range(2)] == ["mixed-0", "mixed-0"]
 
 
+def test_what_no_report_has_echoed_yet_still_counts() -> None:
+    rig = rig_of(M, M)
+    address, dispatch = rig.dispatch("long", num_tokens=5000)
+    other = ({"mixed-0", "mixed-1"} - {address}).pop()
+    rig.report(address, dispatch.sequence - 1)  # from before it came
+    assert rig.dispatch("r", num_tokens=500)[0] == other
+    rig.report(other)
+    rig.report(address, dispatch.sequence - 1)
+    assert rig.dispatch("s", num_tokens=500)[0] == other
+    rig.report(address, dispatch.sequence)
+    assert rig.dispatch("t", num_tokens=500)[0] == address
+
+
 def test_answers_that_ended_tell_how_long_the_next_will_be() -> None:
     rig = Rig(M, num_blocks=100, scheduling=SchedulingConfig(kv_budget=1.0))
     for i in range(4):
@@ -106,12 +119,18 @@ def test_a_request_that_will_be_late_anyway_lets_others_pass() -> None:
     assert not rig.dispatch("in time", num_tokens=100)[1].request.is_deferred
     rig.report("mixed-0", waiting_tokens=5000)
     sequence = rig.sequences["mixed-0"]
-    late = rig.dispatch("late", num_tokens=600)[1].request
+    late = rig.dispatch("late", num_tokens=3000)[1].request
     assert late.is_deferred and late.request_id == "late"
     rig.report("mixed-0", sequence)  # the queue is gone, the late one is still on its way
     assert not rig.dispatch("next", num_tokens=100)[1].request.is_deferred
     rig.report("mixed-0", deferred_tokens=50_000)
     assert not rig.dispatch("one more", num_tokens=100)[1].request.is_deferred
+
+
+def test_where_the_order_is_to_be_kept_nobody_is_deferred() -> None:
+    rig = rig_of(M, slo=SloConfig(ttft_s=1.0, late_last=False))
+    rig.report("mixed-0", waiting_tokens=5000)
+    assert not rig.dispatch("late", num_tokens=600)[1].request.is_deferred
 
 
 def test_what_has_been_deferred_stays_so_when_it_is_placed_again() -> None:

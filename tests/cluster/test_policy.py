@@ -23,12 +23,15 @@ def test_a_prompt_stays_with_prefill_instances_while_their_queue_keeps_the_slo()
         assert placed(ask(1000, slo=SLO), loads).prefill == expected
 
 
-def test_of_plans_that_keep_the_slo_the_cheapest_wins() -> None:
-    """The idle one answers first, but a prompt there stretches the steps of many; both keep the SLO."""
-    loads = columns(empty=queue(0.1), crowded=decodes(60))
-    assert placed(ask(1000, slo=SLO), loads).prefill == "empty"
-    loads = columns(late=queue(2.0), crowded=decodes(60))
-    assert placed(ask(1000, slo=SLO), loads).prefill == "crowded"
+def test_of_plans_that_keep_the_slo_the_cheapest_wins_though_another_is_cheaper_still() -> None:
+    """A prompt where many decode stretches the steps of all: that costs more than 2 s of waiting, but keeps the SLO."""
+    crowded = decodes(60)
+    for wait_s, slo, expected in ((0.1, SLO, "waits"), (2.0, SLO, "crowded"), (2.0, None, "waits")):
+        loads = columns(waits=queue(wait_s), crowded=crowded)
+        assert placed(ask(1000, 1, slo=slo), loads, is_short=True).prefill == expected
+    alone, shared = D | {Field.BASE_S: 0.12}, D | {Field.BASE_S: 0.0, Field.CHOICE_S: 8e-4, Field.HOMES: 100}
+    for slo, expected in ((SLO, "shared"), (None, "alone")):
+        assert home(placed(ask(slo=slo), columns(p=FULL_P, alone=alone, shared=shared))) == expected
 
 
 def test_where_none_keeps_the_slo_the_least_late_wins() -> None:

@@ -130,6 +130,9 @@ def test_of_equals_the_least_loaded_change() -> None:
     ratings = [*ratings, rating("p", P, 0.5, 0.6)]
     flips = looks(RolePolicy(), ratings, 3)
     assert sorted(flips) == [("i1", P), ("i2", P)]
+    ratings = [rating(f"i{n}", P, 0.6, 0.5, load) for n, load in enumerate([9.0, 4.0, 1.0, 7.0])]
+    flips = looks(RolePolicy(), [*ratings, rating("d", D, 0.6, 0.5)], 3)
+    assert sorted(flips) == [("i1", D), ("i2", D)]
 
 
 def test_the_same_ratings_flip_once_and_not_at_the_first_look() -> None:
@@ -207,6 +210,7 @@ def test_a_load_that_fits_is_normal_and_no_instances_no_load() -> None:
     assert RolePolicy().look([]) == Verdict(Regime.NORMAL)
 
 
-def test_one_instance_is_never_flipped() -> None:
-    for role in (P, D, M):
-        assert looks(RolePolicy(), equal([role], 0.5, 0.5), 10) == []
+def test_an_instance_that_is_alone_does_both() -> None:
+    for role in (P, D):
+        assert RolePolicy().look(equal([role], 0.5, 0.5)).flips == [("i0", M)]
+    assert looks(RolePolicy(), equal([M], 0.5, 0.5), 10) == []
