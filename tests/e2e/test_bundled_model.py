@@ -16,7 +16,7 @@ from tests.e2e.server import Server, eventually, serving
 from tests.engine.test_equality import first_tie, generate
 from tests.model.tiny_models import eager_model
 
-CHECKED = ("--threads", "1", "--dtype", "float32", "--set", "engine.check_integrity=true")
+CHECKED = ("--threads", "1", "--dtype", "float32", "--set", "engine.check_integrity=true", "--roles", "fixed")
 CHUNKED = ("--set", "engine.max_batch_tokens=128")  # so that most prompts take several chunks
 FILLER = (
     "Friends, Romans, countrymen, lend me your ears;\nI come to bury Caesar, not to praise him.\n"

@@ -19,7 +19,7 @@ import pytest
 from flowkv.messages import StartInstance, StopInstance
 from flowkv.types import Role
 from tests.e2e.server import Server, eventually, serving
-from tests.e2e.test_toy_cluster import CHECKED, check_all_free, complete, make_requests, toy_tokens
+from tests.e2e.test_toy_cluster import TOY, check_all_free, complete, make_requests, toy_tokens
 
 FIXED = ("--roles", "fixed")  # the controller adds and retires nobody by itself
 HASTY = ("--set", "scheduling.interval_s=0.05")  # a tenth of the default: it need not see a load for long
@@ -27,7 +27,7 @@ HASTY = ("--set", "scheduling.interval_s=0.05")  # a tenth of the default: it ne
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with serving(*CHECKED, *FIXED, "--prefill", "1", "--decode", "1") as server:
+    with serving(*TOY, *FIXED, "--prefill", "1", "--decode", "1") as server:
         yield server
 
 
@@ -123,7 +123,7 @@ def clients(server: Server, count: int, requests: dict[str, dict[str, Any]]) -> 
 
 def test_a_cluster_grows_under_load_and_shrinks_after_it_and_every_request_is_answered() -> None:
     bounds = ("--min-instances", "2", "--max-instances", "3")
-    with serving(*CHECKED, *HASTY, *bounds, "--prefill", "1", "--decode", "1") as server:
+    with serving(*TOY, *HASTY, *bounds, "--prefill", "1", "--decode", "1") as server:
         server.client = httpx.Client(base_url=server.url, timeout=60.0, limits=httpx.Limits(max_connections=200))
         with clients(server, 100, long_requests(8)):
             server.wait_for_line(re.compile("added "))
@@ -138,7 +138,7 @@ def test_a_cluster_grows_under_load_and_shrinks_after_it_and_every_request_is_an
 
 def test_what_would_come_too_late_is_refused_at_once_with_a_time_to_come_back() -> None:
     promise = ("--slo-ttft", "1", "--admission")
-    with serving(*CHECKED, *promise, "--prefill", "1", "--decode", "1") as server:
+    with serving(*TOY, *promise, "--prefill", "1", "--decode", "1") as server:
         server.client = httpx.Client(base_url=server.url, timeout=60.0, limits=httpx.Limits(max_connections=200))
         requests = long_requests(8)
         expected = toy_tokens(requests)

@@ -18,7 +18,8 @@ from flowkv.types import Role
 from tests.cluster_in_process import Cluster
 from tests.e2e.server import Server, eventually, serving
 
-CHECKED = ("--toy", "--set", "engine.check_integrity=true")
+TOY = ("--toy", "--set", "engine.check_integrity=true")
+CHECKED = (*TOY, "--roles", "fixed")  # every prompt crosses from a prefill to a decode instance
 SMALL = ("--set", "engine.max_batch_tokens=64", "--kv-memory", "48KiB")  # 1,024 tokens a pool: blocks do run out
 
 
@@ -93,6 +94,18 @@ def test_200_aborts_at_random_moments_leave_no_block_behind(server: Server) -> N
     check_all_free(server)
     probe = {"p": requests[0] | {"max_tokens": 20}}
     assert complete(server, probe["p"]) == toy_tokens(probe)["p"]
+
+
+def test_flexible_roles_and_an_slo_answer_the_same() -> None:
+    requests = make_requests(96, seed=4)
+    quick = ("--set", "scheduling.dwell_s=0.1", "--set", "scheduling.interval_s=0.05", "--set", "toy_step_s=0.002")
+    with serving(*TOY, *quick, "--prefill", "1", "--decode", "2", "--slo-ttft", "0.5", "--slo-tpot", "0.01") as server:
+        with ThreadPoolExecutor(48) as pool:
+            answers = dict(zip(requests, pool.map(lambda body: complete(server, body), requests.values()), strict=True))
+        assert answers == toy_tokens(requests)
+        check_all_free(server)
+        tokens = server.gauge("flowkv_instance_prefill_tokens_total")
+        assert sum(count > 0 for count in tokens.values()) > 1, "more than one instance computes prompts under load"
 
 
 def test_a_mixed_instance_answers_the_same() -> None:
