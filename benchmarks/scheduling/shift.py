@@ -1,9 +1,9 @@
 """A load that wants one split now and the opposite five minutes later, at rates about the knee.
 
 8 instances; 24 requests/s of 8,000 tokens in and 100 out, then 40 requests/s of 500 in and 1,000 out, in turns of 300 s
-for 1,800 s, both rates times a scale. Fixed splits, which serve in the order of arrival as such clusters do, and
-flexible roles with admission run with one seed, all mixed and flexible roles with all seeds. Two splits run once more
-under our own rule that what is late anyway comes last.
+for 1,800 s, both rates times a scale. Fixed splits, which serve in the order of arrival as such clusters do, run with
+one seed, all mixed and flexible roles with all seeds. One split runs once more under our own rule that what is late
+anyway comes last.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from rich.console import Console
 from benchmarks.report import print_table
 from benchmarks.scheduling import configurations, plots, summary
 from benchmarks.scheduling.cases import Case, Row, Run
-from benchmarks.scheduling.configurations import ADMISSION, FLEXIBLE, MIXED, split
+from benchmarks.scheduling.configurations import FLEXIBLE, MIXED, split
 from benchmarks.scheduling.loads import Shift
 from flowkv.sim.figures import Slo
 
@@ -25,7 +25,7 @@ COST = "llama-3.1-8b/a100"
 SLO = Slo(ttft_s=2.0, tpot_s=0.025)
 SCALES = (0.15, 0.21, 0.26, 0.30, 0.32, 0.34, 0.36, 0.40)
 SPLITS = {split(n): n for n in (5, 6, 7)}
-LATE_LAST = {f"{split(n)}, late last": n for n in (6, 7)}
+LATE_LAST = {f"{split(6)}, late last": 6}
 SHIFT_S, WHOLE_S = 300.0, 1800.0
 QUICK_SCALES, QUICK_SHIFT_S, QUICK_WHOLE_S = (0.20, 0.40), 15.0, 30.0
 
@@ -61,7 +61,6 @@ def clusters() -> dict[str, configurations.Overrides]:
         **{name: configurations.fixed(base, num_prefill) for name, num_prefill in LATE_LAST.items()},
         MIXED: configurations.mixed(base),
         FLEXIBLE: configurations.flexible(base),
-        ADMISSION: configurations.flexible(base | {"slo.admission": True}),
     }
 
 

@@ -32,6 +32,7 @@ class Fleet:
         self._scheduling = scheduling
         self._policy = POLICIES[scheduling.policy]
         self._columns = Columns()
+        self._stale: dict[str, InstanceView] = {}  # whose row is not of now: written when somebody looks
         self._common_cost = LearntCost()  # of all instances: what is believed of one that has shown nothing yet
         self._errors = {role: PredictionError() for role in Role}
         self._demand = Demand()
@@ -54,11 +55,12 @@ class Fleet:
         view = self.views.pop(name, None)
         if view is not None:
             self._columns.remove(name)
+            self._stale.pop(name, None)
         return view
 
     def refresh(self, view: InstanceView) -> None:
         """Something about it has changed."""
-        self._columns.write(view.name, view.row())
+        self._stale[view.name] = view
 
     def apply(self, report: LoadReport, now_s: float) -> bool:
         """True if the report proves a flip."""
@@ -91,6 +93,9 @@ class Fleet:
 
     def place(self, ask: Ask, request: Request) -> Placement | None:
         """None if no instance that takes requests can hold it."""
+        for view in self._stale.values():
+            self._columns.write(view.name, view.row())
+        self._stale.clear()
         is_short = request.sampling.max_tokens <= 1
         return place(ask, self._columns, self._policy, is_flexible=self.is_flexible, is_short=is_short)
 

@@ -11,7 +11,7 @@ from flowkv.engine.transfers import TransferCounters
 from flowkv.messages import LoadReport
 from flowkv.types import InstanceCounters, InstanceLoad, LinkStatus, Role
 
-_BUSY_INTERVAL_S = 0.02
+_BUSY_INTERVAL_S = 0.05
 _SLOW_INTERVAL_S = 1.0
 
 
