@@ -10,7 +10,7 @@ help: $(STAMP)
 	@echo "make demo       one prefill and one decode instance on the bundled model: eight prompts, then the figures"
 	@echo "make test       the whole test suite"
 	@echo "make check      lint, format, types and import rules"
-	@echo "make bench      prefill and decode apart against both together, on a trace (results/serve.json)"
+	@echo "make bench      prefill and decode apart, both together, and roles by load, on a trace (results/serve.json)"
 	@echo "make train      train the bundled model again (about an hour; goes on where it was stopped)"
 	@echo "make clean      remove caches and build output; 'make distclean' removes $(VENV) too"
 	@echo "then            $(VENV)/bin/flowkv serve"
@@ -34,7 +34,8 @@ train: $(STAMP)
 	@$(RUN) training/train.py
 
 bench: $(STAMP)
-	@$(RUN) -m benchmarks.serve --serve '--prefill 1 --decode 1' --serve '--mixed 2' --rounds 2 \
+	@$(RUN) -m benchmarks.serve --serve '--prefill 1 --decode 1 --roles fixed' --serve '--mixed 2 --roles fixed' \
+		--serve '--prefill 1 --decode 1' --rounds 2 \
 		--trace benchmarks/data/mooncake.jsonl --scale-length 0.05 --speedup 2 --num-requests 100
 
 clean:

@@ -8,7 +8,7 @@ errors, non-negative, the past forgotten slowly, drawn towards a prior where the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _FORGET = 0.995  # weight of the past beside one new sample
 _PRIOR_SAMPLES = 0.5  # that the prior's guess counts for
@@ -27,29 +27,32 @@ class _Fit:
 
     def __init__(self, guess: Sequence[float]) -> None:
         self._guess = tuple(guess)
-        self._xx = [0.0] * 6  # upper triangle, by row
-        self._x = [0.0] * 3
+        self._xx = (0.0,) * 6  # upper triangle, by row
+        self._x = (0.0,) * 3
         self._weight = 0.0
         self.num_samples = 0
-        self._num_solved = 0
+        self._due = 0  # samples beyond which to solve again
         self._solution = self._guess
 
     def add(self, x: Sequence[float], y: float, weight: float) -> None:
         a, b, c = x[0] / y, x[1] / y, x[2] / y
-        products = (a * a, a * b, a * c, b * b, b * c, c * c)
-        self._xx = [_FORGET * old + weight * new for old, new in zip(self._xx, products, strict=True)]
-        self._x = [_FORGET * old + weight * new for old, new in zip(self._x, (a, b, c), strict=True)]
+        aa, ab, ac, bb, bc, cc = self._xx
+        self._xx = (
+            _FORGET * aa + weight * (a * a), _FORGET * ab + weight * (a * b), _FORGET * ac + weight * (a * c),
+            _FORGET * bb + weight * (b * b), _FORGET * bc + weight * (b * c), _FORGET * cc + weight * (c * c),
+        )  # fmt: skip
+        old = self._x
+        self._x = (_FORGET * old[0] + weight * a, _FORGET * old[1] + weight * b, _FORGET * old[2] + weight * c)
         self._weight = _FORGET * self._weight + weight
         self.num_samples += 1
 
     def coefficients(self, guess: Sequence[float] | None = None) -> tuple[float, ...]:
         """`guess` is the prior, where it is not the one given at the start."""
-        due = self._num_solved + min(_LOOK_EVERY, self._num_solved // 4)
-        if self.num_samples == 0:
-            return self._guess if guess is None else tuple(guess)
-        if self.num_samples > due or self._num_solved == 0:
-            self._num_solved = self.num_samples
+        if self.num_samples > self._due:
+            self._due = self.num_samples + min(_LOOK_EVERY, self.num_samples // 4)
             self._solution = self._solve(self._guess if guess is None else guess)
+        elif self.num_samples == 0:
+            return self._guess if guess is None else tuple(guess)
         return self._solution
 
     def _solve(self, guess: Sequence[float]) -> tuple[float, ...]:
@@ -90,8 +93,7 @@ def _gauss(rows: list[list[float]]) -> list[float]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class StepCoefficients:
+class StepCoefficients(NamedTuple):
     """See the top of this file; seconds, a step, token, pair, choice or slot."""
 
     d0: float

@@ -8,6 +8,7 @@ Overrides = dict[str, Any]
 FLEXIBLE, MIXED, STOCK = "flexible", "mixed", "mixed, whole chunks"
 ADMISSION, MIXED_ADMISSION = "flexible, admission", "mixed, admission"
 NUM_INSTANCES = 8
+BLOCK_TOKENS = 64
 BATCH_TOKENS = 2048  # the default of vLLM's max_num_batched_tokens
 
 
@@ -19,7 +20,8 @@ def base(cost: str | list[str], ttft_s: float | None, tpot_s: float | None) -> O
     """`cost` as in `SimulateConfig`; an SLO of None is none."""
     bounds = {"slo.ttft_s": ttft_s, "slo.tpot_s": tpot_s}
     known = {key: value for key, value in bounds.items() if value is not None}
-    return {"simulate.cost": cost, "engine.max_batch_tokens": BATCH_TOKENS, **known}
+    engine = {"engine.max_batch_tokens": BATCH_TOKENS, "engine.block_size": BLOCK_TOKENS}
+    return {"simulate.cost": cost, **engine, **known}
 
 
 def fixed(overrides: Mapping[str, Any], num_prefill: int, num_instances: int = NUM_INSTANCES) -> Overrides:

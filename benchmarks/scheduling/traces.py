@@ -1,7 +1,7 @@
 """Two production traces at 1, 2, 4 and 8 times their arrival rates, on 8 instances.
 
 The conversation trace (12,035 tokens in, 343 out on average) loads 8 H100 from a sixth to beyond what they can do. The
-code trace (2,048 in, 28 out) keeps the same 8 nearly idle even at eight times its rate, so it runs on 8 L20 too. The
+code trace (2,048 in, 28 out) would keep the same 8 nearly idle even at eight times its rate, so it runs on 8 L20. The
 simulator shares no prefixes between requests, for any configuration.
 """
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from benchmarks.report import print_table
 from benchmarks.scheduling import configurations, plots, summary
 from benchmarks.scheduling.cases import Case, Row, Run
-from benchmarks.scheduling.configurations import ADMISSION, FLEXIBLE, MIXED, MIXED_ADMISSION, STOCK, split
+from benchmarks.scheduling.configurations import FLEXIBLE, MIXED, STOCK, split
 from benchmarks.scheduling.loads import Trace
 from flowkv.sim.figures import Slo
 
@@ -44,7 +44,6 @@ class Setting:
 
 SETTINGS = (
     Setting("conversation", "llama-3.1-8b/h100", Slo(5.0, 0.025)),
-    Setting("code", "llama-3.1-8b/h100", Slo(2.0, 0.025)),
     Setting("code", "llama-3.1-8b/l20", Slo(4.0, 0.050)),
 )
 
@@ -72,8 +71,6 @@ def clusters(setting: Setting) -> dict[str, configurations.Overrides]:
         MIXED: configurations.mixed(base),
         STOCK: configurations.stock(base),
         FLEXIBLE: configurations.flexible(base),
-        ADMISSION: configurations.flexible(base | {"slo.admission": True}),
-        MIXED_ADMISSION: configurations.mixed(base | {"slo.admission": True}),
     }
 
 

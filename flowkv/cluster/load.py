@@ -285,7 +285,7 @@ class InstanceView:
 
         Beside the decodes halfway between those of now and those that are on their way.
         """
-        c, load = self.cost.coefficients(), self.load
+        c, load = self.cost.hopeful(), self.load
         choices = max(load.num_decoding, (load.num_decoding + self.home_choices) / 2)
         slots = max(load.decode_context_tokens, (load.decode_context_tokens + self.home_tokens) / 2)
         num_tokens = self.max_batch_tokens

@@ -137,6 +137,10 @@ class Engine:
         self._receiver.on_arrived(arrived)
         self._report(now_s)
 
+    def may_wait(self, arrived: Arrived) -> bool:
+        """Whether nothing follows from these blocks before a message comes, so that steps can go on at a stretch."""
+        return self._receiver.may_wait(arrived)
+
     def tick(self, now_s: float) -> None:
         """Called between steps, and at a slow beat while idle, when all messages and completions have been handled."""
         self._pass_time(now_s)
@@ -208,13 +212,14 @@ class Engine:
 
     def _catch_up(self, step_seconds: Sequence[float]) -> None:
         """The time of the batch has passed, and nobody has ticked between its steps: each ages the reservations."""
-        now_s = self._began_s
-        for seconds in step_seconds[:-1]:
-            now_s += seconds
-            self._clock.stepped(seconds)
-            if self._receiver.has_incoming:
-                self._pass_time(now_s)
         if len(step_seconds) > 1:
+            has_incoming = self._receiver.has_incoming
+            now_s = self._began_s
+            for seconds in step_seconds[:-1]:
+                now_s += seconds
+                self._clock.stepped(seconds)
+                if has_incoming:
+                    self._pass_time(now_s)
             self._pass_time(now_s)
         self._last_step_s = step_seconds[-1]
         self._clock.stepped(self._last_step_s)
@@ -244,7 +249,7 @@ class Engine:
     @property
     def load(self) -> InstanceLoad:
         scheduler = self.scheduler
-        queued, deferred = scheduler.queued_prompts(), scheduler.deferred_prompts()
+        queued, deferred = scheduler.queued_prompts()
         return InstanceLoad(
             num_waiting=len(scheduler.waiting),
             num_preempted=scheduler.num_waiting_preempted,

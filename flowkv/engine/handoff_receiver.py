@@ -178,6 +178,11 @@ class HandoffReceiver:
             incoming.silent_s = 0.0
             self._finish(incoming)
 
+    def may_wait(self, arrived: Arrived) -> bool:
+        """Whether nothing follows from these blocks until the source has said that it has posted all."""
+        incoming = self._by_immediate.get(arrived.immediate)
+        return incoming is None or incoming.ready is None
+
     def abort(self, request_id: str, choice: int | None) -> None:
         for incoming in self._incoming.values():
             if incoming.reserve.request.request_id != request_id:

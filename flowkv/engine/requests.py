@@ -76,7 +76,7 @@ class Requests:
         request_id = root.request.request_id
         running = self._running.setdefault(request_id, _Running())
         running.num_ended_tokens += root.num_choices - len(choices)
-        for choice, output_ids in choices.items():
+        for (choice, output_ids), table in zip(choices.items(), self._tables(root, len(choices)), strict=True):
             fork = Sequence(
                 root.request,
                 root.attempt,
@@ -85,12 +85,19 @@ class Requests:
                 choice=choice,
                 output_ids=list(output_ids),
                 num_computed=root.num_computed,
-                block_table=self._blocks.fork(root.block_table),
+                block_table=table,
             )
             self._scheduler.start_decoding(fork)
             running.sequences.append(fork)
-        self._blocks.free(root.block_table)
         self._finish_if_over(request_id)
+
+    def _tables(self, root: Sequence, count: int) -> list[list[int]]:
+        """So many over the blocks of `root`, which has none any more: its own is the first."""
+        table, root.block_table = root.block_table, []
+        if count == 0:
+            self._blocks.free(table)
+            return []
+        return [table, *(self._blocks.fork(table) for _ in range(count - 1))]
 
     # --- they go ---------------------------------------------------------------------------------------------------
 

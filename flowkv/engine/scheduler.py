@@ -49,21 +49,17 @@ class HybridScheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.prefilling or self.decoding)
 
-    def queued_prompts(self) -> "Prompts":
-        """What is to be computed before the prompt of a request that comes now."""
-        return self._with_begun(self._waiting_prompts, is_deferred=False)
-
-    def deferred_prompts(self) -> "Prompts":
-        """What lets that pass."""
-        return self._with_begun(self._deferred_prompts, is_deferred=True)
-
-    def _with_begun(self, waiting: "Prompts", is_deferred: bool) -> "Prompts":
+    def queued_prompts(self) -> tuple["Prompts", "Prompts"]:
+        """What is to be computed before the prompt of a request that comes now, and what lets that pass."""
+        waiting, deferred = self._waiting_prompts, self._deferred_prompts
         queued = Prompts(waiting.num_tokens, waiting.num_pairs)
+        passed = Prompts(deferred.num_tokens, deferred.num_pairs)
         for sequence in self.prefilling:
-            if sequence.request.is_deferred == is_deferred:
-                queued.num_tokens += sequence.num_uncomputed
-                queued.num_pairs += prefill_pairs(sequence.num_computed, sequence.num_uncomputed)
-        return queued
+            prompts = passed if sequence.request.is_deferred else queued
+            num_uncomputed = sequence.num_uncomputed
+            prompts.num_tokens += num_uncomputed
+            prompts.num_pairs += prefill_pairs(sequence.num_computed, num_uncomputed)
+        return queued, passed
 
     @property
     def decode_context_tokens(self) -> int:
@@ -106,7 +102,7 @@ class HybridScheduler:
     def _schedule_prefills(self, step: "Step") -> None:
         if not self.prefilling and not self.waiting:
             return
-        if self._num_shared == _MOST_SHARED:
+        if self._num_shared == _MOST_SHARED and self.decoding:
             self._num_shared, step.is_bare = 0, True
             return
         budget = self._prefill_budget()

@@ -13,13 +13,14 @@ class BlockManager:
     """Reference counts over a `SegmentAllocator`.
 
     A block table is a plain list of block ids that its sequence owns; every entry is one reference. The manager never
-    keeps tables itself, so there is one place where a sequence's blocks are written down.
+    keeps tables itself, so there is one place where a sequence's blocks are written down. Few blocks are ever shared:
+    only those are counted, so that the others cost nothing one by one.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
         self._segments = SegmentAllocator(num_blocks)
-        self._num_references = [0] * num_blocks
+        self._num_extra: dict[int, int] = {}  # references of a block beyond the first, where there are any
 
     @property
     def num_blocks(self) -> int:
@@ -34,10 +35,7 @@ class BlockManager:
 
     def allocate(self, num_blocks: int) -> list[int] | None:
         """New blocks, each with one reference, or None if there are too few."""
-        blocks = self._segments.allocate(num_blocks)
-        for block in blocks or ():
-            self._num_references[block] = 1
-        return blocks
+        return self._segments.allocate(num_blocks)
 
     def allocate_within(
         self, num_blocks: int, max_segments: int, movable: Sequence[list[int]]
@@ -59,7 +57,7 @@ class BlockManager:
     def fork(self, table: list[int]) -> list[int]:
         """A second table over the same blocks."""
         for block in table:
-            self._num_references[block] += 1
+            self._num_extra[block] = self._num_extra.get(block, 0) + 1
         return list(table)
 
     def prepare_write(self, table: list[int], start: int, stop: int) -> list[BlockCopy] | None:
@@ -72,7 +70,7 @@ class BlockManager:
         size = self.block_size
         shared = [
             i for i in range(start // size, min(len(table), self.num_blocks_for(stop)))
-            if self._num_references[table[i]] > 1
+            if table[i] in self._num_extra
         ]  # fmt: skip
         missing = max(0, self.num_blocks_for(stop) - len(table))
         if missing + len(shared) > self.num_free:
@@ -84,7 +82,7 @@ class BlockManager:
     def prepare_slot(self, table: list[int], position: int) -> Sequence[BlockCopy] | None:
         """`prepare_write` of one position, for which there mostly is nothing to do."""
         index = position // self.block_size
-        if index < len(table) and self._num_references[table[index]] == 1:
+        if index < len(table) and table[index] not in self._num_extra:
             return ()
         return self.prepare_write(table, position, position + 1)
 
@@ -113,21 +111,13 @@ class BlockManager:
         for table, length in zip(tables, lengths, strict=True):
             surplus += table[length:]
             del table[length:]
-        for block in surplus:
-            self._num_references[block] = 0
         self._segments.free(surplus)
 
     def free(self, table: list[int]) -> None:
         """Drop one reference of every entry and empty the table; blocks without any go back to the free segments."""
-        unreferenced = []
-        counts = self._num_references
-        for block in table:
-            counts[block] = num_references = counts[block] - 1
-            if num_references == 0:
-                unreferenced.append(block)
-            assert num_references >= 0, f"block {block} was freed twice"
-        table.clear()
+        unreferenced = [block for block in table if not self._drop_extra(block)] if self._num_extra else table
         self._segments.free(unreferenced)
+        table.clear()
 
     def free_segments(self) -> list[tuple[int, int]]:
         """(start, length) of every maximal run of free blocks, by start."""
@@ -137,17 +127,26 @@ class BlockManager:
         """Raise AssertionError unless `tables`, all there are, explain every reference and every used block."""
         self._segments.check_integrity()
         held = Counter(block for table in tables for block in table)
-        for block, num_references in enumerate(self._num_references):
+        free = {block for start, length in self._segments.segments() for block in range(start, start + length)}
+        for block in range(self.num_blocks):
+            num_references = 0 if block in free else 1 + self._num_extra.get(block, 0)
             assert num_references == held[block], f"block {block}: {num_references} counted, {held[block]} held"
-        assert self.num_free == self.num_blocks - len(held)
-        for start, length in self._segments.segments():
-            assert not any(self._num_references[start : start + length]), f"segment at {start} holds a used block"
+        assert free.isdisjoint(self._num_extra)
 
     def _replace_shared(self, table: list[int], index: int) -> int:
         [new] = self._new_blocks(1)
-        self._num_references[table[index]] -= 1
+        self._drop_extra(table[index])
         table[index] = new
         return new
+
+    def _drop_extra(self, block: int) -> bool:
+        """Drop one reference of a block that has more than one; False, and no change, if it has not."""
+        num_extra = self._num_extra.get(block, 0)
+        if num_extra > 1:
+            self._num_extra[block] = num_extra - 1
+        elif num_extra:
+            del self._num_extra[block]
+        return num_extra > 0
 
     def _append(self, table: list[int], count: int) -> None:
         if count == 1 and table:
@@ -161,8 +160,6 @@ class BlockManager:
         """To grow by."""
         blocks = self._segments.allocate_high(count)
         assert blocks is not None
-        for block in blocks:
-            self._num_references[block] = 1
         return blocks
 
     def _open_room(
@@ -175,15 +172,13 @@ class BlockManager:
         kept = self._segments.largest(max_segments - 1)
         size = num_blocks - sum(length for _, length in kept)
         others = [segment for segment in self._segments.segments() if segment not in kept]
-        candidates = [block for table in movable for block in table if self._num_references[block] == 1]
+        candidates = [block for table in movable for block in table if block not in self._num_extra]
         window = cheapest_window(self.num_blocks, others, candidates, size)
         if window is None:
             return None
         blocks = [block for start, length in kept for block in self._segments.claim(start, length)]
         copies = self._clear(window, window + size, movable)
         blocks += range(window, window + size)
-        for block in blocks:
-            self._num_references[block] = 1
         return blocks, copies
 
     def _clear(self, start: int, stop: int, movable: Sequence[list[int]]) -> list[BlockCopy]:
@@ -202,7 +197,5 @@ class BlockManager:
         old = table[stretch.start : stretch.stop]
         new = self._segments.allocate(len(old))
         assert new is not None
-        for block in new:
-            self._num_references[block] = 1
         table[stretch.start : stretch.stop] = new
         return list(zip(old, new, strict=True))

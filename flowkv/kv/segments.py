@@ -1,9 +1,7 @@
 """Free blocks kept as segments, so that what is allocated together lies together (FlowKV, section on allocation)."""
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable
-from itertools import pairwise
-from operator import sub
 
 
 class SegmentAllocator:
@@ -60,11 +58,16 @@ class SegmentAllocator:
         return list(range(start, start + count))
 
     def free(self, blocks: Iterable[int]) -> None:
-        """Give blocks back, in any order. They must be allocated; that is the caller's to know."""
+        """Give blocks back, in any order. AssertionError for one that is free already or comes twice."""
         ordered = sorted(blocks)
-        gaps = [i for i, step in enumerate(map(sub, ordered[1:], ordered), 1) if step != 1]
-        for i, j in pairwise([0, *gaps, len(ordered)] if ordered else []):
-            self._merge(ordered[i], j - i)
+        i = 0
+        while i < len(ordered):
+            start = ordered[i]
+            # From one id to the next the distance to `start` grows by 1 within a run, and by more after it.
+            j = bisect_right(range(len(ordered)), start - i, lo=i, key=lambda k: ordered[k] - k)
+            assert ordered[j - 1] - start == j - 1 - i, f"of the blocks from {start} on one is freed twice"
+            self._merge(start, j - i)
+            i = j
 
     def segments(self) -> list[tuple[int, int]]:
         """(start, length) of every free segment, by start."""
@@ -102,9 +105,14 @@ class SegmentAllocator:
         if start + length in self._length_at:
             length += self._remove(start + length)
         i = self._index_after(start)
-        if i and (before := self._starts[i - 1]) + self._length_at[before] == start:
-            length += self._remove(before)
-            start = before
+        assert i == len(self._starts) or self._starts[i] > start + length, f"blocks {start}+{length} are freed twice"
+        if i:
+            before = self._starts[i - 1]
+            gap = start - (before + self._length_at[before])
+            assert gap >= 0, f"block {start} was freed twice"
+            if gap == 0:
+                length += self._remove(before)
+                start = before
         self._insert(start, length)
 
     def _insert(self, start: int, length: int) -> None:

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from operator import sub
 
 import numpy as np
 
@@ -86,7 +87,7 @@ class SimInstance:
         self._inbox.append(what)
         if self._batch is None:
             self.turn()
-        elif self._num_steps > 1:
+        elif self._num_steps > 1 and not (isinstance(what, Arrived) and self.engine.may_wait(what)):
             self._cut()
 
     def turn(self) -> None:
@@ -142,7 +143,7 @@ class SimInstance:
         ends_s = self._ends_s[: self._num_steps]
         drawn = ItemResult([_DRAW] * self._num_steps)
         items = [drawn if item.draws else _NO_DRAWS for item in batch.items]
-        seconds = np.diff([self._began_s, *ends_s]).tolist()
+        seconds = list(map(sub, ends_s, [self._began_s, *ends_s]))
         now_s = self._loop.now_s
         self.busy_s += now_s - self._began_s
         if self._world.recorder is not None:

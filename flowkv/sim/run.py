@@ -1,7 +1,9 @@
 """A workload through a simulated cluster, from the first arrival to the last token."""
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise
+from contextlib import contextmanager
+from operator import sub
 
 from flowkv.config import ClusterConfig
 from flowkv.errors import ConfigError, SimulationError
@@ -35,7 +37,21 @@ def simulate(
     that only decode pass as one event, which changes no figure. `on_progress` is told (virtual seconds, requests done)
     now and then. ConfigError if the cost models do not fit the cluster.
     """
-    return _Run(config, requests, costs or cost_models(config), seed, coalesce, on_progress, recorder).run()
+    with _without_collections():
+        return _Run(config, requests, costs or cost_models(config), seed, coalesce, on_progress, recorder).run()
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Nothing in a run refers to itself, so looking for cycles finds none, however many instances there are to look
+    through: on a thousand of them that takes longer than all else."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def cost_models(config: ClusterConfig) -> list[CostModel]:
@@ -81,6 +97,7 @@ class _Run:
         self._progress_s = 0.0
         self._itl = Distribution()
         self._gaps_s: list[float] = []
+        self._shared_gaps_s: dict[int, list[float]] = {}  # by how many outputs had each
         self._samples: list[Sample] = []
 
     def run(self) -> SimResult:
@@ -90,6 +107,8 @@ class _Run:
             if self._loop.now_s - self._progress_s > _STUCK_S and self._by_id:
                 raise SimulationError(f"nothing has come of {', '.join(list(self._by_id)[:5])} for {_STUCK_S:.0f} s")
         self._itl.add(self._gaps_s)
+        for num_outputs, gaps_s in self._shared_gaps_s.items():
+            self._itl.add(gaps_s, num_outputs)
         began_s = self._began_s or 0.0
         return SimResult(
             records=self._records,
@@ -167,7 +186,11 @@ class _Run:
             if output.finish_reason is not None:
                 self._finish(request_id, last_s, None)
         if num_whole:
-            self._itl.add([after - before for before, after in pairwise(times_s)], num_whole)
+            gaps_s = self._shared_gaps_s.setdefault(num_whole, [])
+            gaps_s += map(sub, times_s[1:], times_s)
+            if len(gaps_s) > _MAX_BUFFERED_GAPS:
+                self._itl.add(gaps_s, num_whole)
+                gaps_s.clear()
         if len(self._gaps_s) > _MAX_BUFFERED_GAPS:
             self._itl.add(self._gaps_s)
             self._gaps_s = []

@@ -19,6 +19,8 @@ def plan_runs(src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> list[Run]
     """
     if len(src_blocks) != len(dst_blocks):
         raise ValueError(f"{len(src_blocks)} source blocks cannot go to {len(dst_blocks)} destination blocks")
+    if src_blocks and _is_run(src_blocks) and _is_run(dst_blocks):
+        return [Run(src_blocks[0], dst_blocks[0], len(src_blocks))]
     runs: list[Run] = []
     i = 0
     while i < len(src_blocks):
@@ -28,3 +30,8 @@ def plan_runs(src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> list[Run]
         runs.append(Run(src_blocks[i], dst_blocks[i], j - i))
         i = j
     return runs
+
+
+def _is_run(blocks: Sequence[int]) -> bool:
+    """What is mostly so, found out without looking at one block after the other in Python."""
+    return blocks[-1] - blocks[0] == len(blocks) - 1 and list(blocks) == list(range(blocks[0], blocks[-1] + 1))

@@ -429,6 +429,7 @@ def test_it_owns_the_request_when_every_block_is_counted_and_ready_is_there(read
     assert isinstance(reserved, Reserved) and len(reserved.block_ids) == 3
     if ready_first:
         d.receiver.on_ready(READY)
+    assert d.receiver.may_wait(Arrived(reserved.immediate, 2)) is not ready_first
     d.receiver.on_arrived(Arrived(reserved.immediate, 2))
     assert d.adopted == []
     d.receiver.on_arrived(Arrived(reserved.immediate, 1))

@@ -134,7 +134,7 @@ def test_no_more_run_at_once_than_may() -> None:
 
 
 def num_queued(it: HybridScheduler) -> int:
-    return it.queued_prompts().num_tokens + it.deferred_prompts().num_tokens
+    return sum(prompts.num_tokens for prompts in it.queued_prompts())
 
 
 def test_a_lower_priority_number_goes_first_and_equals_by_arrival() -> None:
@@ -156,3 +156,10 @@ def test_decodes_are_in_order_of_arrival_however_they_came() -> None:
         decoding(it, arrival, 5)
     assert step(it) == [("r0", 5, 1), ("r1", 5, 1), ("r2", 5, 1)]
     assert it.decode_context_tokens == 3 * 7
+
+
+def test_a_step_that_would_decode_alone_is_left_out_where_nothing_decodes() -> None:
+    it = HybridScheduler(EngineConfig(block_size=4, max_batch_tokens=16), BlockManager(64, 4), Role.MIXED, 1.0)
+    it._num_shared = 100  # the last of these steps was the last that decoded
+    it.add(sequence(0, 8))
+    assert step(it)
