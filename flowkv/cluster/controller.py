@@ -35,7 +35,7 @@ from flowkv.messages import (
     StopInstance,
     Submit,
 )
-from flowkv.types import DEFERRED, InstanceStatus, ModelInfo, Regime, Request, Role
+from flowkv.types import DEFERRED, InstanceLoad, InstanceStatus, ModelInfo, Regime, Request, Role
 
 _STATUS_INTERVAL_S = 0.25
 _LOOK_INTERVAL_S = 0.1
@@ -292,7 +292,8 @@ class Controller:
         num_available = sum(view.is_available for view in self._views.values())
         self._was_complete = self._was_complete or num_available >= self._num_instances
         self._send(newcomer.peer.address, Registered())
-        self._broadcast_status()
+        if self._was_complete:
+            self._broadcast_status()
 
     def _on_load_report(self, message: LoadReport, now_s: float) -> None:
         if (view := self._views.get(message.instance)) is None:
@@ -440,6 +441,10 @@ class Controller:
 
     # --- status ----------------------------------------------------------------------------------------------------
 
+    def loads(self) -> list[tuple[str, Role, InstanceLoad, int]]:
+        """(Name, role, load, blocks of the pool) of every instance, as last reported."""
+        return [(view.name, view.role, view.load, view.peer.pool.num_blocks) for view in self._views.values()]
+
     def statuses(self) -> list[InstanceStatus]:
         """What is known of every instance."""
         return [view.status() for view in self._views.values()]
@@ -454,8 +459,10 @@ class Controller:
         )  # fmt: skip
 
     def _broadcast_status(self) -> None:
-        for address in self._frontends.values():
-            self._send(address, self._status())
+        if self._frontends:
+            status = self._status()
+            for address in self._frontends.values():
+                self._send(address, status)
 
     def _send(self, address: str, message: Message) -> None:
         self._out.append((address, message))

@@ -5,18 +5,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import sub
 
-from flowkv.config import ClusterConfig
+from flowkv.config import ClusterConfig, SimulateConfig, with_overrides
 from flowkv.errors import ConfigError, SimulationError
 from flowkv.messages import Accepted, ClusterStatus, Message, Outputs, Rejected, Submit
 from flowkv.sim.chrome import Recorder
 from flowkv.sim.cluster import SimCluster
-from flowkv.sim.costs import CostModel, cost_model
+from flowkv.sim.costs import CostModel, FittedCost, cost_model
 from flowkv.sim.figures import Distribution, Flip, InstanceSample, Record, Sample, SimResult
 from flowkv.sim.workload import TraceRequest
 from flowkv.sim.world import CONTROLLER, FRONTEND
 from flowkv.types import Request, SamplingParams
 
 _SAMPLE_S = 1.0
+_MANY, _SELDOM_S = 64, 30.0  # instances, beyond which the cluster is looked at so often
 _STUCK_S = 3600.0  # virtual, without a token: something is wrong
 _MAX_BUFFERED_GAPS = 20_000
 
@@ -38,7 +39,8 @@ def simulate(
     now and then. ConfigError if the cost models do not fit the cluster.
     """
     with _without_collections():
-        return _Run(config, requests, costs or cost_models(config), seed, coalesce, on_progress, recorder).run()
+        costs = costs or cost_models(config)
+    return _Run(_as_measured(config, costs), requests, costs, seed, coalesce, on_progress, recorder).run()
 
 
 @contextmanager
@@ -66,6 +68,18 @@ def cost_models(config: ClusterConfig) -> list[CostModel]:
     if len(served) > 1:
         raise ConfigError(f"simulate.cost names several models ({', '.join(sorted(served))}): a cluster serves one")
     return models
+
+
+def _as_measured(config: ClusterConfig, costs: Sequence[CostModel]) -> ClusterConfig:
+    """With the links, the message time and the noise of a profile, where the configuration has the defaults."""
+    profile = next((cost.profile for cost in costs if isinstance(cost, FittedCost)), None)
+    if profile is None:
+        return config
+    defaults = SimulateConfig()
+    names = [key.partition(".")[2] for key in profile.overrides]
+    unset = {name for name in names if getattr(config.simulate, name) == getattr(defaults, name)}
+    measured = {key: value for key, value in profile.overrides.items() if key.partition(".")[2] in unset}
+    return with_overrides(config, measured)
 
 
 class _Run:
@@ -211,13 +225,10 @@ class _Run:
         now_s = self._loop.now_s - (self._began_s or 0.0)
         controller = self._cluster.controller
         instances = {
-            status.name: InstanceSample(
-                status.role, status.load.waiting_tokens, status.load.num_decoding,
-                status.load.used_blocks / status.num_blocks,
-            )
-            for status in controller.statuses()
-        }  # fmt: skip
+            name: InstanceSample(role, load.waiting_tokens, load.num_decoding, load.used_blocks / num_blocks)
+            for name, role, load, num_blocks in controller.loads()
+        }
         self._samples.append(Sample(now_s, instances, controller.regime))
         if self._on_progress is not None:
             self._on_progress(now_s, self._num_done)
-        self._loop.after(_SAMPLE_S, self._sample)
+        self._loop.after(_SAMPLE_S if len(instances) <= _MANY else _SELDOM_S, self._sample)
