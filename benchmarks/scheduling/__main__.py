@@ -54,6 +54,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--rounds", type=_positive, default=3, help="on each real server")
     parser.add_argument("--processes", type=_positive, default=len(os.sched_getaffinity(0)), help="runs at a time")
     parser.add_argument("--profile", type=Path, help="of this machine, by flowkv profile --concurrency 2 (part: real)")
+    parser.add_argument(
+        "--large-requests", type=_positive, default=1_000_000, metavar="N", help="on 1,024 instances (part: speed)"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "results", metavar="FOLDER")
     parser.add_argument("--redraw", action="store_true", help="measure nothing: tables and pictures of what there is")
     return parser.parse_args(arguments)
@@ -70,7 +73,7 @@ def main() -> None:
     exit_on_sigterm()
     args = parse_arguments()
     console = Console() if sys.stdout.isatty() else Console(width=180)
-    run = Run(console, args.quick, args.seeds, args.processes, args.rounds, args.profile, args.out)
+    run = Run(console, args.quick, args.seeds, args.processes, args.rounds, args.profile, args.out, args.large_requests)
     try:
         require_matplotlib()
         for part in PARTS.values() if args.part == "all" else (PARTS[args.part],):

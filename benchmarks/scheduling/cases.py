@@ -50,6 +50,7 @@ class Run:
     rounds: int = 3  # of a real server
     profile: Path | None = None  # of this machine
     scratch: Path = Path("results")
+    large_requests: int = 1_000_000  # of the largest simulation
 
     def rows(self, title: str, cases: Sequence[Case]) -> list[Row]:
         """One for each case, in their order."""

@@ -28,7 +28,7 @@ SHARES = (0.25, 0.5, 0.75)
 SLO = Slo(ttft_s=10.0, tpot_s=0.05)
 PROPER, REVERSE = "P on L20, D on H20", "P on H20, D on L20"
 FROM_PROPER, FROM_REVERSE = "flexible, P began on L20", "flexible, P began on H20"
-WHOLE_S, QUICK_S = 900.0, 20.0
+WHOLE_S, QUICK_S = 300.0, 20.0
 
 Results = dict[str, Any]
 

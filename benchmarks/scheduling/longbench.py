@@ -30,7 +30,7 @@ TPOT_S = 0.05
 FIXED, FLEXIBLE_BOUND = split(4), "flexible, TPOT bound"
 MIXED_BOUND = "mixed, TPOT bound"
 OURS, AGGREGATED = (FLEXIBLE, FLEXIBLE_BOUND), (MIXED, MIXED_BOUND, STOCK)
-WHOLE_S, QUICK_S = 900.0, 20.0
+WHOLE_S, QUICK_S = 300.0, 20.0
 NO_SLO = Slo()
 
 Results = dict[str, Any]

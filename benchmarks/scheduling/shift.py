@@ -40,10 +40,7 @@ def measure(run: Run) -> Results:
     scales = QUICK_SCALES if run.quick else SCALES
     rows = run.rows("shift, seed 0", [_case(run, name, scale, 0) for scale in scales for name in options])
     again = [
-        _case(run, name, scale, seed)
-        for scale in scales
-        for name in (FLEXIBLE, MIXED)
-        for seed in range(1, run.seeds)
+        _case(run, name, scale, seed) for scale in scales for name in (FLEXIBLE, MIXED) for seed in range(1, run.seeds)
     ]
     rows += run.rows("shift, other seeds", again)
     lengths = {"phase_s": QUICK_SHIFT_S, "duration_s": QUICK_WHOLE_S} if run.quick else {}

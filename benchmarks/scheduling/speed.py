@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 NAME = "speed"
 COST, TTFT_S, TPOT_S = "llama-3.1-8b/h100", 5.0, 0.025
 FLEET_SIZES = (8, 64, 1024)
+LARGE_REQUESTS = 1_000_000
 NUM_TOP = 15
 WANTED_RATIO = {"step by step": 100.0, "coalesced": 1000.0}
 WANTED_S, WANTED_BYTES, WANTED_US = 900.0, 8 * 2**30, 200.0
@@ -52,9 +53,9 @@ class Timed:
     coalesce: bool = True
 
 
-def runs(quick: bool) -> tuple[list[Timed], Timed, Timed]:
+def runs(quick: bool, large_requests: int = LARGE_REQUESTS) -> tuple[list[Timed], Timed, Timed]:
     """(Trace runs, the large one, the one to profile)."""
-    num_requests, num_instances = (20_000, 64) if quick else (1_000_000, 1024)
+    num_requests, num_instances = (20_000, 64) if quick else (large_requests, 1024)
     trace = Trace("conversation", 1.0, 400 if quick else None)
     # As many requests an instance as in the trace on 8.
     large = Repeated("conversation", num_requests, num_instances / 8)
@@ -67,7 +68,7 @@ def runs(quick: bool) -> tuple[list[Timed], Timed, Timed]:
 
 
 def measure(run: Run) -> Results:
-    traces, large, profiled = runs(run.quick)
+    traces, large, profiled = runs(run.quick, run.large_requests)
     steps: list[tuple[str, Callable[[], Any]]] = [
         *((one.name, lambda one=one: alone(timed, one)) for one in traces),
         ("placements", lambda: [alone(placement.measure, n, 200 if run.quick else 3000) for n in FLEET_SIZES]),

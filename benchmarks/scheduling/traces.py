@@ -36,6 +36,7 @@ class Setting:
     trace: str
     cost: str
     slo: Slo
+    num_requests: int | None = None  # the first so many; None: all
 
     @property
     def name(self) -> str:
@@ -43,7 +44,7 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("conversation", "llama-3.1-8b/h100", Slo(5.0, 0.025)),
+    Setting("conversation", "llama-3.1-8b/h100", Slo(5.0, 0.025), num_requests=4000),
     Setting("code", "llama-3.1-8b/l20", Slo(4.0, 0.050)),
 )
 
@@ -51,7 +52,7 @@ SETTINGS = (
 def measure(run: Run) -> Results:
     speedups = QUICK_SPEEDUPS if run.quick else SPEEDUPS
     cases = [
-        _case(setting, name, speedup, QUICK_REQUESTS if run.quick else None)
+        _case(setting, name, speedup, QUICK_REQUESTS if run.quick else setting.num_requests)
         for setting in SETTINGS
         for speedup in speedups
         for name in clusters(setting)
