@@ -106,6 +106,7 @@ class Doorkeeper:
         self._thread.join()
         os.close(self._stop)
         self._monitor.close()
+        self._zap.unbind(_ZAP_ADDRESS)  # at once: closing alone frees the address some time later
         self._zap.close()
 
     def _run(self) -> None:
