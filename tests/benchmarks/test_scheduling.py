@@ -277,7 +277,7 @@ def _shrink(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(real, "QUICK_TURN_S", 0.2)
     monkeypatch.setattr(speed, "alone", lambda call, *arguments: call(*arguments))
     monkeypatch.setattr(speed, "FLEET_SIZES", (2,))
-    monkeypatch.setattr(speed, "runs", lambda quick: _timed_runs())
+    monkeypatch.setattr(speed, "runs", lambda quick, large_requests: _timed_runs())
     run.profile = run.scratch / "profile.json"
     run.profile.write_bytes(msgspec.json.encode(_profile()))
     monkeypatch.setattr(real, "serve_all", lambda run, requests, rounds: _served(run, requests))
