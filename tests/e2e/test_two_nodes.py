@@ -168,7 +168,7 @@ def test_the_bundled_model_answers_the_same_through_two_nodes_and_no_other_model
         {"prompt": [rng.randrange(5, 1500) for _ in range(length)], "max_tokens": 24, "temperature": 0}
         for length in (1, 17, 300)
     ]
-    with nodes.serving(*options, "--decode", "0") as server:
+    with nodes.serving(*options, "--decode", "0", "--roles", "fixed") as server:
         alone = [complete(server, body) for body in bodies]  # no decode instance yet
         other_weights = str(other_model(tmp_path / MODEL_FOLDER.name))
         with cleared_up(nodes.join(other_weights, "--role", "decode", ready=re.compile("error"))) as refused:
