@@ -14,6 +14,8 @@ from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what asks the launcher to stop
 
+_AFTER_FINALIZER_S = 0.001
+
 
 def child_main(name: str, orphaned_folders: list[str], target: Callable[..., object], args: tuple[Any, ...]) -> None:
     """Run `target` as a process that `ps` and `top` call `name`, and end with the launcher if not before.
@@ -24,8 +26,9 @@ def child_main(name: str, orphaned_folders: list[str], target: Callable[..., obj
     Ctrl-C and a closed terminal reach the whole process group; only the launcher heeds them, and sends SIGTERM.
     `orphaned_folders` are removed at the end if the launcher is dead by then.
     """
-    for number in STOP_SIGNALS:  # SIGTERM is never ignored: it may be here already
-        signal.signal(number, once(sys.exit) if number == signal.SIGTERM else signal.SIG_IGN)
+    _exit_on_sigterm()
+    for number in set(STOP_SIGNALS) - {signal.SIGTERM}:  # which is never ignored: it may be here already
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the launcher had blocked them for this moment
     Path("/proc/self/comm").write_text(name)  # the kernel keeps 15 characters of it
     _die_with_launcher(signal.SIGTERM if orphaned_folders else signal.SIGKILL)
@@ -38,6 +41,27 @@ def child_main(name: str, orphaned_folders: list[str], target: Callable[..., obj
                 shutil.rmtree(folder, ignore_errors=True)
     if status:
         signal.pause()
+
+
+def _exit_on_sigterm() -> None:
+    """SystemExit, once; and once more for each that was raised in a finalizer, where nobody would hear of it."""
+    exits = [1]
+
+    def handle(signum: int, frame: object) -> None:
+        if exits:
+            exits.clear()
+            sys.exit()
+
+    def unraisable(what: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(what.exc_value, SystemExit):
+            sys.__unraisablehook__(what)
+            return
+        exits.append(1)
+        signal.setitimer(signal.ITIMER_REAL, _AFTER_FINALIZER_S)
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGALRM, handle)
+    sys.unraisablehook = unraisable
 
 
 def once(act: Callable[[], None]) -> Callable[[int, object], None]:

@@ -341,6 +341,12 @@ class Ready(Message):
     url: str = ""
 
 
+class Serving(Message):
+    """The frontend has heard that the cluster is ready: it takes requests."""
+
+    process: str
+
+
 class StartFailed(Message):
     """A process cannot start, and why, in one line for the user."""
 
@@ -427,6 +433,7 @@ AnyMessage = (
     | ClusterStatus
     | Progress
     | Ready
+    | Serving
     | StartFailed
     | Note
     | StartInstance

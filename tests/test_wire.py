@@ -93,6 +93,7 @@ EXAMPLES: list[m.AnyMessage] = [
     m.ClusterStatus(True, MODEL, 512, [STATUS]),
     m.Progress("p0", 0.5, "loading"),
     m.Ready("p0"),
+    m.Serving("f0"),
     m.StartFailed("p0", "no such folder"),
     m.Note("p0 -> d0  shm"),
     m.Welcome("node-1", "epoch", ClusterConfig(toy=True, model_name="toy"), "toy"),

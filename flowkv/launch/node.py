@@ -21,7 +21,7 @@ from flowkv.config import ClusterConfig
 from flowkv.engine.process import InstanceSpec
 from flowkv.launch.children import Children
 from flowkv.launch.instances import Display, Instances
-from flowkv.messages import Note, Progress, Ready, StartFailed, StartInstance, StopInstance
+from flowkv.messages import Note, Progress, Ready, Serving, StartFailed, StartInstance, StopInstance
 from flowkv.types import Role
 from flowkv.wire import Mailbox, Outbox, SyncContext, tcp_address
 
@@ -51,6 +51,7 @@ class Node:
         self._forkserver = multiprocessing.get_context("forkserver")
         self.instances = Instances(self.children, display, self.outbox, run_folder, self._forkserver)
         self.url = ""  # of the frontend, when it is ready
+        self.is_serving = False  # it has heard that the cluster is ready too
 
     def ipc_address(self, process: str) -> str:
         return f"ipc://{self.run_folder}/{process}"
@@ -117,6 +118,8 @@ class Node:
                 self.display.note(message.text)
             case Ready():
                 self._on_ready(message)
+            case Serving():
+                self.is_serving = True
             case StartFailed():
                 self.instances.on_start_failed(message)
             case StartInstance():

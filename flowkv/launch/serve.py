@@ -57,11 +57,16 @@ class _Cluster:
     def run(self) -> None:
         self._node.stack.callback(self._node.children.stop_all, FRONTEND)  # so that clients hear of it first
         self._start()
-        while not self._node.children.are_ready:
+        while not self._is_serving:
             self._node.wait()
         self._node.display.ready(self._description())
         while True:
             self._node.wait()
+
+    @property
+    def _is_serving(self) -> bool:
+        """Nothing is turned away any more, unless every instance is still to come from other nodes."""
+        return self._node.children.are_ready and (self._node.is_serving or not self._config.roles)
 
     def _start(self) -> None:
         """The frontend binds its port before the instances start, so that a busy one is known before a model loads."""

@@ -66,7 +66,9 @@ class Frontend:
         *,
         beat_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
+        on_ready: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_ready` is called once, when the cluster is ready for the first time."""
         self.tokenizer = tokenizer
         self.status: ClusterStatus | None = None
         self.metrics = FrontendMetrics(lambda: self.status)
@@ -79,6 +81,7 @@ class Frontend:
         self._beat_s = beat_s
         self._live: dict[str, LiveRequest] = {}
         self._is_closed = False
+        self._on_ready: Callable[[], None] | None = on_ready
 
     @property
     def is_ready(self) -> bool:
@@ -175,9 +178,15 @@ class Frontend:
             case Rejected():
                 self._on_rejected(message)
             case ClusterStatus():
-                self.status, self._status_s = message, self.now_s()
+                self._on_status(message)
             case _:
                 raise ProtocolError(f"a frontend does not take {type(message).__name__}")
+
+    def _on_status(self, status: ClusterStatus) -> None:
+        self.status, self._status_s = status, self.now_s()
+        if status.ready and self._on_ready is not None:
+            self._on_ready()
+            self._on_ready = None
 
     def _on_rejected(self, message: Rejected) -> None:
         live = self._live.pop(message.request_id, None)

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from flowkv.auth import ClusterKey
 from flowkv.errors import ConfigError, FlowKVError
-from flowkv.messages import Ready, StartFailed
+from flowkv.messages import Ready, Serving, StartFailed
 from flowkv.server.app import DEFAULT_MAX_BODY_BYTES, create_app
 from flowkv.server.byte_tokenizer import ByteTokenizer
 from flowkv.server.frontend import Frontend
@@ -40,7 +40,7 @@ def run_frontend(
     """Serve until SIGTERM; returns the exit status. `model_folder` None is toy serving, where tokens are bytes.
 
     `key` is for mailboxes on tcp. The launcher gets `StartFailed` with one line, or `Ready` with the URL (a `port` of 0
-    is any free one).
+    is any free one) and, when the cluster is ready too, `Serving`.
     """
     # Ctrl-C reaches every process of the terminal's group: in which order they end is the launcher's business.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -49,7 +49,10 @@ def run_frontend(
 
     def make_frontend() -> Frontend:
         mailbox = AsyncMailbox(context, mailbox_address, key)
-        return Frontend(name, mailbox, outbox, controller_address, tokenizer)
+        return Frontend(
+            name, mailbox, outbox, controller_address, tokenizer,
+            on_ready=lambda: outbox.send(launcher_address, Serving(name)),
+        )  # fmt: skip
 
     def announce(url: str) -> None:
         outbox.send(launcher_address, Ready(name, url))

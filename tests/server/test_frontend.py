@@ -1,5 +1,6 @@
 import asyncio
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,14 @@ from tests.server.fake_cluster import FakeCluster, outputs, say, status
 Scenario = Callable[[Frontend, FakeCluster], Coroutine[None, None, None]]
 
 
-def run(scenario: Scenario, folder: Path, beat_s: float = 0.02) -> None:
+def run(scenario: Scenario, folder: Path, beat_s: float = 0.02, on_ready: Callable[[], None] = lambda: None) -> None:
     context: SyncContext = zmq.Context()
 
     async def main(cluster: FakeCluster) -> None:
         mailbox, outbox = AsyncMailbox(context, f"ipc://{folder}/frontend"), Outbox(context)
-        frontend = Frontend("f0", mailbox, outbox, cluster.address, ByteTokenizer(), beat_s=beat_s)
+        frontend = Frontend(
+            "f0", mailbox, outbox, cluster.address, ByteTokenizer(), beat_s=beat_s, on_ready=on_ready
+        )  # fmt: skip
         receiving = asyncio.create_task(frontend.run())
         async with asyncio.timeout(10):
             await until(lambda: frontend.is_ready)
@@ -53,6 +56,10 @@ def texts(deltas: list[Delta]) -> dict[int, str]:
     return found
 
 
+def is_readiness(frontend: Frontend, ready: bool) -> bool:
+    return frontend.is_ready == ready
+
+
 async def until(condition: Callable[[], bool]) -> None:
     while not condition():
         await asyncio.sleep(0.001)
@@ -68,6 +75,19 @@ async def more_hellos(cluster: FakeCluster, number: int) -> None:
 
     before = count()
     await wait_for(cluster, lambda: count() >= before + number)
+
+
+def test_it_says_once_that_the_cluster_is_ready(tmp_path: Path) -> None:
+    said: list[bool] = []
+
+    async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
+        assert said == [True]
+        for ready in (False, True):
+            cluster.status = status(ready=ready)
+            await until(partial(is_readiness, frontend, ready))
+        assert said == [True]
+
+    run(scenario, tmp_path, on_ready=lambda: said.append(True))
 
 
 def test_choices_of_all_requests_share_one_stream(tmp_path: Path) -> None:

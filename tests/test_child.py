@@ -1,0 +1,49 @@
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from flowkv.child import child_main
+
+
+class Finalized:
+    """Something that is told to stop while it is being cleared away."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)  # lets the handler run here, where an exception goes nowhere
+
+
+def in_a_finalizer() -> None:
+    Finalized()
+    time.sleep(60.0)
+
+
+def at_work() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60.0)
+
+
+def while_clearing_up() -> None:
+    try:
+        at_work()
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)  # again
+        time.sleep(0.01)
+        print("cleared up", flush=True)
+
+
+@pytest.mark.parametrize(("target", "says"), [(in_a_finalizer, ""), (at_work, ""), (while_clearing_up, "cleared up\n")])
+def test_a_child_that_is_told_to_stop_ends_quietly(
+    target: Callable[[], None], says: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=child_main, args=("child", [], target, ()))
+    process.start()
+    process.join(30.0)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    assert (process.exitcode, *capfd.readouterr()) == (0, says, "")
