@@ -12,6 +12,7 @@ from flowkv.config import DTYPES, ROLE_POLICIES, ClusterConfig, load_config
 from flowkv.errors import FlowKVError
 from flowkv.profile.command import add_profile
 from flowkv.sim.command import add_simulate
+from flowkv.sim.options import count
 from flowkv.sim.plan_command import add_plan
 from flowkv.types import Role
 
@@ -110,7 +111,7 @@ def _add_join(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "model", nargs="?", metavar="MODEL", help="folder of the model on this node (default: its path on the other)"
     )
     join.add_argument("--role", choices=list(Role), required=True, help="of the instances here")
-    join.add_argument("--count", type=_positive, default=1, metavar="N", help="instances here (default: 1)")
+    join.add_argument("--count", type=count, default=1, metavar="N", help="instances here (default: 1)")
     join.add_argument(
         "--address", metavar="HOST", help="of this node, for the others (default: that of the route to the controller)"
     )
@@ -152,12 +153,6 @@ def _add_key_file(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -
         metavar="FILE",
         help="the key that all nodes share; see flowkv key (default: the variable FLOWKV_CLUSTER_KEY)",
     )
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
 
 
 def _positive_seconds(text: str) -> float:

@@ -16,7 +16,8 @@ ROLE_POLICIES = ("flexible", "fixed")
 POLICIES = ("predicted_latency", "least_loaded")
 DEFAULT_LISTEN_PORT = 8100
 _STEP_FRACTION = 0.95
-DECODE_STEP_FRACTION = 0.85  # of that on decode instances: whoever is handed over has waited for a step already
+_DECODE_STEP_FRACTION = 0.85  # of that on decode instances: whoever is handed over has waited for a step already
+_ROLE_SHARE = {Role.PREFILL: 1, Role.MIXED: 2, Role.DECODE: 4}  # parts of a step, one of them for prompts
 DEVICES = ("cpu",)  # more as their kernels come
 
 
@@ -49,12 +50,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError("engine.threads is a number of threads, or 0 for a share of the cores")
         parse_bytes(self.kv_memory)
 
-    def prefill_budget(self, role: Role, num_decoding: int) -> int:
-        """Prompt tokens of a step: running decodes shrink it, the more the further the role leans to decoding."""
-        if num_decoding == 0 or role is Role.PREFILL:
-            return self.max_batch_tokens
-        share = 2 if role is Role.MIXED else 4
-        return max(self.block_size, self.max_batch_tokens // share)
+
+def prefill_budget(max_batch_tokens: int, block_size: int, role: Role, num_decoding: float) -> int:
+    """Prompt tokens of a step: running decodes shrink it, the more the further the role leans to decoding."""
+    if num_decoding == 0:
+        return max_batch_tokens
+    return max(block_size, max_batch_tokens // _ROLE_SHARE[role])
+
+
+def step_bound_s(max_itl_s: float, role: Role) -> float:
+    """Seconds of a step with a chunk that keeps the ITL bound."""
+    return max_itl_s * (_DECODE_STEP_FRACTION if role is Role.DECODE else 1.0)
 
 
 class SloConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -8,7 +8,7 @@ errors, non-negative, the past forgotten slowly, drawn towards a prior where the
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 _FORGET = 0.995  # weight of the past beside one new sample
 _PRIOR_SAMPLES = 0.5  # that the prior's guess counts for
@@ -104,6 +104,23 @@ class StepCoefficients(NamedTuple):
     p2: float
 
 
+class MeasuredStep(Protocol):
+    """One step, or the sums over `num_steps` that only decode (`messages.StepSample`)."""
+
+    @property
+    def prefill_tokens(self) -> int: ...
+    @property
+    def prefill_pairs(self) -> int: ...
+    @property
+    def decode_choices(self) -> int: ...
+    @property
+    def decode_context_tokens(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def num_steps(self) -> int: ...
+
+
 class LearntCost:
     """The steps of one instance. `prior`, which others may teach too, fills in what it has not done itself yet."""
 
@@ -136,6 +153,12 @@ class LearntCost:
         is_floor = decode_choices and on_prompt_s < _FLOOR_MARGIN * d0 and self._decode.num_samples
         if on_prompt_s > 0 and not is_floor:
             self._prefill.add((1.0, prefill_tokens, prefill_pairs), on_prompt_s, 1.0)
+
+    def learn_step(self, step: MeasuredStep) -> None:
+        self.learn(
+            step.prefill_tokens, step.prefill_pairs, step.decode_choices, step.decode_context_tokens, step.seconds,
+            step.num_steps,
+        )  # fmt: skip
 
     def coefficients(self) -> StepCoefficients:
         return StepCoefficients(*self._decode_coefficients(), *self._prefill_coefficients())

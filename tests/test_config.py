@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkv.config import ClusterConfig, EngineConfig, load_config, parse_bytes, parse_endpoint, with_overrides
+from flowkv.config import (
+    ClusterConfig,
+    EngineConfig,
+    load_config,
+    parse_bytes,
+    parse_endpoint,
+    prefill_budget,
+    with_overrides,
+)
 from flowkv.errors import ConfigError
 from flowkv.types import Role
 
@@ -108,7 +116,6 @@ def test_a_size_is_a_positive_number_or_an_error(text: str) -> None:
 
 
 def test_running_decodes_shrink_the_prefill_budget_by_role() -> None:
-    engine = EngineConfig(max_batch_tokens=512)
-    assert [engine.prefill_budget(role, 1) for role in (Role.PREFILL, Role.MIXED, Role.DECODE)] == [512, 256, 128]
-    assert {engine.prefill_budget(role, 0) for role in Role} == {512}
+    assert [prefill_budget(512, 16, role, 1) for role in (Role.PREFILL, Role.MIXED, Role.DECODE)] == [512, 256, 128]
+    assert {prefill_budget(512, 16, role, 0) for role in Role} == {512}
     assert ClusterConfig().engine == EngineConfig()

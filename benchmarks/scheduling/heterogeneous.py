@@ -14,7 +14,6 @@ from benchmarks.report import print_table
 from benchmarks.scheduling import configurations, loads, plots, summary
 from benchmarks.scheduling.cases import Case, Row, Run
 from benchmarks.scheduling.configurations import MIXED
-from flowkv.sim.costs import cost_model
 from flowkv.sim.figures import Slo
 
 if TYPE_CHECKING:
@@ -39,8 +38,7 @@ class Setting:
     has_slo: bool
 
     def rate(self, share: float) -> float:
-        models = [cost_model(name) for name in L20 + H20]
-        return loads.rounded(loads.longbench_rate(models, self.dataset), share)
+        return loads.longbench_rate(L20 + H20, self.dataset, share)
 
 
 def measure(run: Run) -> Results:

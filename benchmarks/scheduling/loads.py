@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Protocol
 
 from benchmarks.report import ROOT
+from flowkv.cost import prefill_pairs
 from flowkv.sim import workload
-from flowkv.sim.costs import CostModel, StepShape
+from flowkv.sim.costs import CostModel, StepShape, cost_model
 from flowkv.sim.workload import LONGBENCH_OUTPUT_TOKENS, LONGBENCH_PROMPTS, TraceRequest
 
 DATA = ROOT / "benchmarks" / "data"
@@ -87,7 +88,7 @@ def request_s(cost: CostModel, num_prompt: int, num_output: int, batch: int = _D
 
     def chunk_s(start: int) -> float:
         num = min(_CHUNK_TOKENS, num_prompt - start)
-        return cost.step_s(StepShape(num, num * start + num * (num + 1) // 2, 0, 0, 0))
+        return cost.step_s(StepShape(num, prefill_pairs(start, num), 0, 0, 0))
 
     context = batch * (num_prompt + num_output // 2)
     step_s = cost.step_s(StepShape(0, 0, batch, context, batch))
@@ -99,8 +100,10 @@ def full_rate(costs: Iterable[CostModel], num_prompt: int, num_output: int) -> f
     return sum(1 / request_s(cost, num_prompt, num_output) for cost in costs)
 
 
-def longbench_rate(costs: Iterable[CostModel], dataset: str) -> float:
-    return full_rate(costs, round(LONGBENCH_PROMPTS[dataset].mean), LONGBENCH_OUTPUT_TOKENS)
+def longbench_rate(costs: Iterable[str], dataset: str, share: float) -> float:
+    """Requests/s that take this share of what instances of these cost models can do."""
+    models = [cost_model(name) for name in costs]
+    return rounded(full_rate(models, round(LONGBENCH_PROMPTS[dataset].mean), LONGBENCH_OUTPUT_TOKENS), share)
 
 
 def rounded(rate: float, share: float) -> float:

@@ -14,7 +14,6 @@ from benchmarks.report import print_table
 from benchmarks.scheduling import configurations, loads, plots, summary
 from benchmarks.scheduling.cases import Case, Row, Run
 from benchmarks.scheduling.configurations import FLEXIBLE, MIXED, NUM_INSTANCES, STOCK, split
-from flowkv.sim.costs import cost_model
 from flowkv.sim.figures import Slo
 
 if TYPE_CHECKING:
@@ -46,8 +45,7 @@ class Setting:
         return [f"{MODEL}/{one}" for one in HARDWARE[self.hardware]]
 
     def rate(self, share: float) -> float:
-        models = [cost_model(name) for name in self.costs]
-        return loads.rounded(loads.longbench_rate(models, self.dataset), share)
+        return loads.longbench_rate(self.costs, self.dataset, share)
 
 
 def measure(run: Run) -> Results:

@@ -38,7 +38,7 @@ class Field(IntEnum):
 
 
 class Columns:
-    """Rows come and go; `row` gives the numbers of one instance, `column` one figure of all."""
+    """Instances come and go; `column` gives one figure of all."""
 
     def __init__(self) -> None:
         self._table: npt.NDArray[np.float64] = np.zeros((len(Field), 8))

@@ -10,6 +10,7 @@ from flowkv.cluster.liveness import stall_timeout_s
 from flowkv.cluster.load import InstanceView
 from flowkv.cluster.overload import Overload
 from flowkv.cluster.policy import Ask
+from flowkv.cluster.roles import Flip
 from flowkv.cluster.scheduler import Placement
 from flowkv.config import SchedulingConfig, SloConfig, TransferConfig
 from flowkv.errors import ProtocolError
@@ -53,17 +54,6 @@ class Assignment:
     instances: list[str]
     owner: str
     home: str
-
-
-@dataclass(frozen=True, slots=True)
-class Flip:
-    """A role that was changed, once the instance has proved it."""
-
-    time_s: float
-    instance: str
-    old: Role
-    new: Role
-    regime: Regime
 
 
 class Controller:
@@ -188,16 +178,16 @@ class Controller:
 
     def _dispatch(self, frontend: str, request: Request, ask: Ask, placement: Placement, now_s: float) -> None:
         """To where it goes, or behind all others if it is late wherever it goes: so it makes nobody else late."""
-        is_hopeless = self._fleet.knows_costs and self._overload.is_hopeless(placement)
-        if is_hopeless and not request.is_deferred:
-            request = msgspec.structs.replace(request, priority=request.priority + DEFERRED)
-            ask = self._fleet.ask(request)
-            placement = self._fleet.place(ask, request) or placement
+        sent = request
+        if self._fleet.knows_costs and self._overload.is_hopeless(placement):
+            sent = msgspec.structs.replace(request, priority=request.priority + DEFERRED)
+            ask = self._fleet.ask(sent)
+            placement = self._fleet.place(ask, sent) or placement
         home = placement.decode[0] if placement.decode else placement.prefill
         names = [placement.prefill, *placement.decode]
         self._assignments[request.request_id] = Assignment(frontend, request, names, placement.prefill, home)
-        sequence = self._fleet.assign(request, ask, placement, now_s)
-        dispatch = Dispatch(sequence, request, 0, self._frontends[frontend], placement.decode)
+        sequence = self._fleet.assign(sent, ask, placement, now_s)
+        dispatch = Dispatch(sequence, sent, 0, self._frontends[frontend], placement.decode)
         self._send(self._views[placement.prefill].peer.address, dispatch)
 
     def _place_again(self, request_id: str, now_s: float) -> None:

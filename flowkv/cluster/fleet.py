@@ -11,7 +11,7 @@ from flowkv.cluster.roles import Rating, RolePolicy, Verdict
 from flowkv.cluster.scheduler import Placement, place
 from flowkv.config import SchedulingConfig, SloConfig
 from flowkv.cost import LearntCost
-from flowkv.messages import LoadReport, Register, StepSample
+from flowkv.messages import LoadReport, Register
 from flowkv.types import Request, Role
 
 _HORIZON_S = 5.0  # within which a queue should be gone
@@ -67,15 +67,9 @@ class Fleet:
         view = self.views[report.instance]
         has_flipped = view.apply(report, now_s)
         for step in report.steps:
-            self._learn(step)
+            self._common_cost.learn_step(step)
         self.refresh(view)
         return has_flipped
-
-    def _learn(self, step: StepSample) -> None:
-        self._common_cost.learn(
-            step.prefill_tokens, step.prefill_pairs, step.decode_choices, step.decode_context_tokens, step.seconds,
-            step.num_steps,
-        )  # fmt: skip
 
     # --- requests --------------------------------------------------------------------------------------------------
 
@@ -153,7 +147,7 @@ class Fleet:
         output_tokens_per_s = self._demand.output_tokens_per_s(now_s)
         for view in views:
             prefill_per_s = mean_prompt / max(1e-9, view.prompt_s(int(mean_prompt)))
-            step_s = max(_MIN_STEP_S, self._target_step_s(view, mean_held))
+            step_s = self._target_step_s(view, mean_held)
             choices = _TARGET * view.decode_capacity(step_s, mean_held)
             by_rate = choices / step_s / output_tokens_per_s if output_tokens_per_s > 0 else _MAX_RATING
             by_number = choices / num_decoding if num_decoding else _MAX_RATING
@@ -163,8 +157,8 @@ class Fleet:
 
     def _target_step_s(self, view: InstanceView, mean_held: float) -> float:
         if self._slo.tpot_s is not None:
-            return _TARGET * self._slo.tpot_s
-        return _RELAXED_STEPS * view.cost.step_s(0, 0, 1, mean_held)
+            return max(_MIN_STEP_S, _TARGET * self._slo.tpot_s)
+        return max(_MIN_STEP_S, _RELAXED_STEPS * view.cost.step_s(0, 0, 1, mean_held))
 
     def _may_flip(self, view: InstanceView, now_s: float) -> bool:
         has_proved = view.role is view.wanted_role

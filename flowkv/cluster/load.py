@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from flowkv.cluster.liveness import Liveness
-from flowkv.config import DECODE_STEP_FRACTION
+from flowkv.config import prefill_budget, step_bound_s
 from flowkv.cost import LearntCost, prefill_pairs
 from flowkv.messages import LoadReport, Register, StepSample
 from flowkv.types import InstanceCounters, InstanceLoad, InstanceStatus, LinkStatus, Request, Role
@@ -19,7 +19,6 @@ _WRITE_S = 1e-7  # a token's KV to a peer, while no transfer was seen
 _LEARN_ERROR = 0.02  # weight of one request
 _MAX_ERROR = 3.0
 _SHORT_S = 0.05  # TTFTs that are mostly messages and waiting for a step say nothing
-_ROLE_SHARE = {Role.PREFILL: 1, Role.MIXED: 2, Role.DECODE: 4}  # as in EngineConfig.prefill_budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,10 +217,7 @@ class InstanceView:
 
     def _learn(self, step: StepSample) -> float:
         """Seconds spent in it, if it had a chunk."""
-        self.cost.learn(
-            step.prefill_tokens, step.prefill_pairs, step.decode_choices, step.decode_context_tokens, step.seconds,
-            step.num_steps,
-        )  # fmt: skip
+        self.cost.learn_step(step)
         if not step.prefill_tokens:
             return 0.0
         self._max_step_tokens = max(self._max_step_tokens, step.prefill_tokens)
@@ -288,14 +284,12 @@ class InstanceView:
         c, load = self.cost.hopeful(), self.load
         choices = max(load.num_decoding, (load.num_decoding + self.home_choices) / 2)
         slots = max(load.decode_context_tokens, (load.decode_context_tokens + self.home_tokens) / 2)
-        num_tokens = self.max_batch_tokens
         if self._max_itl_s is not None and (choices or self.wanted_role is not Role.PREFILL):
-            bound_s = self._max_itl_s * (DECODE_STEP_FRACTION if self.wanted_role is Role.DECODE else 1.0)
+            bound_s = step_bound_s(self._max_itl_s, self.wanted_role)
             most = self.cost.max_prefill_tokens(bound_s, choices, slots, int(self._pairs_per_token))
-            num_tokens = min(num_tokens, most)
-        elif choices:
-            num_tokens //= _ROLE_SHARE[self.wanted_role]
-        num_tokens = max(self.block_size, num_tokens)
+            num_tokens = max(self.block_size, min(self.max_batch_tokens, most))
+        else:
+            num_tokens = prefill_budget(self.max_batch_tokens, self.block_size, self.wanted_role, choices)
         step_s = c.p0 + num_tokens * (c.p1 + c.p2 * self._pairs_per_token)
         if choices:
             step_s = max(c.d0, step_s) + c.d1 * choices + c.d2 * slots

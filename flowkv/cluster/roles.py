@@ -9,6 +9,7 @@ looks in a row, and not soon after they were changed.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple
 
 from flowkv.types import Regime, Role
 
@@ -36,6 +37,16 @@ class Rating:
     decode: float
     load: float  # what it holds now; the least loaded change first
     may_flip: bool  # it has been in its role for long enough, and has proved that it is in it
+
+
+class Flip(NamedTuple):
+    """A role that was changed, once the instance has proved it."""
+
+    time_s: float
+    instance: str
+    old: Role
+    new: Role
+    regime: Regime
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flowkv.config import DECODE_STEP_FRACTION, EngineConfig
+from flowkv.config import EngineConfig, prefill_budget, step_bound_s
 from flowkv.cost import LearntCost, prefill_pairs
 from flowkv.engine.batch import BatchItem
 from flowkv.engine.sequence import Sequence
@@ -129,9 +129,10 @@ class HybridScheduler:
         That is whole blocks, and at least one: prompts go on however tight the bound is.
         """
         if self._max_itl_s is None or (self.role is Role.PREFILL and not self.decoding):
-            return self.config.prefill_budget(self.role, len(self.decoding))
+            config = self.config
+            return prefill_budget(config.max_batch_tokens, config.block_size, self.role, len(self.decoding))
         start = self.prefilling[0].num_computed if self.prefilling else 0
-        bound_s = self._max_itl_s * (DECODE_STEP_FRACTION if self.role is Role.DECODE else 1.0)
+        bound_s = step_bound_s(self._max_itl_s, self.role)
         num_tokens = self.cost.max_prefill_tokens(
             bound_s, len(self.decoding), self.decode_context_tokens, start
         )  # fmt: skip

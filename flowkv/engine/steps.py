@@ -80,7 +80,4 @@ class StepLog:
     def _keep(self, sample: StepSample) -> None:
         self._samples.append(sample)
         if self._cost is not None:
-            self._cost.learn(
-                sample.prefill_tokens, sample.prefill_pairs, sample.decode_choices, sample.decode_context_tokens,
-                sample.seconds, sample.num_steps,
-            )  # fmt: skip
+            self._cost.learn_step(sample)

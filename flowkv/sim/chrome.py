@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from flowkv.sim.figures import Flip, Record, SimResult
+from flowkv.cluster.roles import Flip
+from flowkv.sim.figures import Record, SimResult
 from flowkv.sim.files import replaced
 
 

@@ -30,6 +30,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from flowkv.cluster.roles import Flip
 from flowkv.types import InstanceCounters, Regime, Role
 
 _BUCKETS_PER_OCTAVE = 256  # a bucket is at most 1/256 of its values wide: 0.4 %
@@ -205,14 +206,6 @@ class Sample(NamedTuple):
 
     time_s: float
     instances: dict[str, InstanceSample]
-    regime: Regime
-
-
-class Flip(NamedTuple):
-    time_s: float
-    instance: str
-    old: Role
-    new: Role
     regime: Regime
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowkv.config import POLICIES, ClusterConfig, load_config, with_overrides
+from flowkv.cost import prefill_pairs
 from flowkv.errors import ConfigError, WorkloadError
 from flowkv.sim.command import check_writable, show_cost_models
 from flowkv.sim.options import add_workload, build_workload, count
@@ -154,8 +155,7 @@ def _prefill_s(cost: "CostModel", config: ClusterConfig, num_tokens: int) -> flo
     chunk = config.engine.max_batch_tokens
     for start in range(0, num_tokens, chunk):
         size = min(chunk, num_tokens - start)
-        pairs = size * start + size * (size + 1) // 2
-        seconds += cost.step_s(StepShape(size, pairs, 0, 0, int(start + size == num_tokens)))
+        seconds += cost.step_s(StepShape(size, prefill_pairs(start, size), 0, 0, int(start + size == num_tokens)))
     return seconds
 
 

@@ -11,7 +11,7 @@ from flowkv.messages import Accepted, ClusterStatus, Message, Outputs, Rejected,
 from flowkv.sim.chrome import Recorder
 from flowkv.sim.cluster import SimCluster
 from flowkv.sim.costs import CostModel, FittedCost, cost_model
-from flowkv.sim.figures import Distribution, Flip, InstanceSample, Record, Sample, SimResult
+from flowkv.sim.figures import Distribution, InstanceSample, Record, Sample, SimResult
 from flowkv.sim.workload import TraceRequest
 from flowkv.sim.world import CONTROLLER, FRONTEND
 from flowkv.types import Request, SamplingParams
@@ -129,10 +129,7 @@ class _Run:
             itl=self._itl,
             duration_s=self._finished_s - began_s,
             samples=self._samples,
-            flips=[
-                Flip(flip.time_s - began_s, flip.instance, flip.old, flip.new, flip.regime)
-                for flip in self._cluster.controller.flips
-            ],
+            flips=[flip._replace(time_s=flip.time_s - began_s) for flip in self._cluster.controller.flips],
             counters={name: instance.engine.counters for name, instance in self._cluster.instances.items()},
             num_events=self._loop.num_events,
         )

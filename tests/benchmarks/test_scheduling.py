@@ -29,7 +29,7 @@ from benchmarks.scheduling import (
 )
 from benchmarks.scheduling.cases import Case, Row, Run
 from benchmarks.scheduling.configurations import ADMISSION, FLEXIBLE, MIXED, MIXED_ADMISSION, STOCK
-from flowkv.config import load_config
+from flowkv.config import load_config, prefill_budget
 from flowkv.sim.costs import PROFILE_FORMAT, Curve, Fit, LinkSpeeds, Profile, StepShape, cost_model
 from flowkv.sim.figures import Record, Slo, figures
 from flowkv.sim.run import simulate
@@ -207,7 +207,10 @@ def test_every_configuration_is_one_and_has_eight_instances(
     config = load_config(None, make(configurations.base(COST, 2.0, 0.025)))
     assert config.roles == roles
     assert (config.slo.tpot_s is None) == (make is configurations.stock)
-    assert config.engine.prefill_budget(Role.MIXED, 1) == (2048 if make is configurations.stock else 1024)
+    engine = config.engine
+    assert prefill_budget(engine.max_batch_tokens, engine.block_size, Role.MIXED, 1) == (
+        2048 if make is configurations.stock else 1024
+    )
 
 
 def test_arguments_of_a_real_server() -> None:

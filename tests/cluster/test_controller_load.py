@@ -142,6 +142,16 @@ def test_what_has_been_deferred_stays_so_when_it_is_placed_again() -> None:
     assert second.request.priority == first.request.priority
 
 
+def test_what_has_been_deferred_is_so_no_more_when_it_is_placed_again_in_time() -> None:
+    rig = rig_of(M, M, slo=SloConfig(ttft_s=1.0))
+    for name in rig.names:
+        rig.report(name, waiting_tokens=5000)
+    address, first = rig.dispatch("late", num_tokens=600)
+    rig.report(next(name for name in rig.names if name != address))
+    [(_, second)] = dispatches(rig.report(address, returned=["late"]))
+    assert first.request.is_deferred and not second.request.is_deferred
+
+
 def admitting(*roles: Role) -> Rig:
     return rig_of(*roles, slo=SloConfig(ttft_s=1.0, admission=True))
 

@@ -1,6 +1,7 @@
 """Made-up simulated runs, for the tests of what is told of them."""
 
-from flowkv.sim.figures import Distribution, Flip, InstanceSample, Record, Sample, SimResult
+from flowkv.cluster.roles import Flip
+from flowkv.sim.figures import Distribution, InstanceSample, Record, Sample, SimResult
 from flowkv.types import InstanceCounters, Regime, Role
 
 
