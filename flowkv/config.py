@@ -32,6 +32,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         1  # steps that only decode, computed at a stretch; more save overhead and make tokens come in bursts
     )
     max_segments: int = 0  # of a reservation: others' blocks are moved to make room for it; 0: none ever are
+    fused: bool = True  # run models of families that are known in merged and packed form, rather than as they are
     threads: int = 0  # 0: the cores there are but one, shared out between the instances
     check_integrity: bool = False  # after every step, that each block has exactly the holders it should; for tests
 

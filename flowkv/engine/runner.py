@@ -8,7 +8,6 @@ import torch
 
 from flowkv.engine.batch import Batch, BatchItem, BatchResult, Draw, ItemResult
 from flowkv.kv.layout import KvLayout
-from flowkv.model.attention import forward, make_kernel
 from flowkv.model.loading import DTYPES, LoadedModel
 from flowkv.model.packing import pack
 from flowkv.model.sampler import DrawSpec, sample, token_logprobs
@@ -31,18 +30,17 @@ class TorchRunner:
     """`pool_buffer` is the whole pool, writable, `num_blocks * layout.block_bytes` long."""
 
     def __init__(self, loaded: LoadedModel, layout: KvLayout, pool_buffer: memoryview, num_blocks: int) -> None:
-        self._model = loaded.model
         self._block_size = layout.block_size
         flat = torch.frombuffer(pool_buffer, dtype=DTYPES[layout.dtype])
         self._pool = flat.view(num_blocks, *layout.block_shape)
-        self._kernel = make_kernel(self._pool)
+        self._forward = loaded.model.over(self._pool)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> BatchResult:
         started_s = time.perf_counter()
         self.copy_blocks(batch.copies)
         kept, places = needed_rows(batch.items)
-        logits = self._forward(batch.items, kept)
+        logits = self._logits(batch.items, kept)
         computed_s = time.perf_counter()
         draws = draw_all(logits, batch.items, places)
         items = [
@@ -62,7 +60,7 @@ class TorchRunner:
             sources, destinations = zip(*copies[start : start + _BLOCKS_A_COPY], strict=True)
             self._pool[list(destinations)] = self._pool[list(sources)]
 
-    def _forward(self, items: tuple[BatchItem, ...], kept: list[int]) -> torch.Tensor:
+    def _logits(self, items: tuple[BatchItem, ...], kept: list[int]) -> torch.Tensor:
         """Logits [len(kept), V] of the query tokens `kept`, counted over the whole batch."""
         packed = pack(
             [item.start for item in items],
@@ -71,9 +69,9 @@ class TorchRunner:
             self._block_size,
         )
         ids = [token_id for item in items for token_id in item.sequence.token_ids(item.start, item.stop)]
-        token_ids = torch.tensor(ids, device=self._model.device)
-        rows = torch.tensor(kept, dtype=torch.long, device=self._model.device)
-        return forward(self._model, self._kernel, packed, token_ids, rows)
+        token_ids = torch.tensor(ids, device=self._pool.device)
+        rows = torch.tensor(kept, dtype=torch.long, device=self._pool.device)
+        return self._forward(packed, token_ids, rows)
 
 
 def needed_rows(items: tuple[BatchItem, ...]) -> tuple[list[int], list[ItemRows]]:

@@ -20,7 +20,7 @@ class TorchModel:
         self, folder: Path, name: str, config: ClusterConfig, threads: int, on_progress: Callable[[float, str], None]
     ) -> None:
         torch.set_num_threads(threads)
-        self._loaded = load_model(folder, config.dtype, config.device, on_progress)
+        self._loaded = load_model(folder, config.dtype, config.device, on_progress, may_fuse=config.engine.fused)
         self.layout = self._loaded.layout(config.engine.block_size)
         self.info = ModelInfo(
             name=name,

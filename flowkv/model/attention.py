@@ -4,7 +4,9 @@ Sequences lie one after the other in a single row [1, T], their positions in `po
 model reach the attention function unchanged; that is how it gets the batch and the kernel.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
@@ -14,6 +16,17 @@ from flowkv.model.kernels import AttentionKernel, ReferenceKernel
 from flowkv.model.packing import PackedBatch
 
 ATTENTION_NAME = "flowkv"
+
+# (batch, token ids [T], rows [R]) -> logits [R, vocabulary] of the query tokens named in `rows`; the KV of all T tokens
+# goes to the pool.
+Forward = Callable[[PackedBatch, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Model(Protocol):
+    """Weights that can be run over a KV pool."""
+
+    def over(self, pool: torch.Tensor) -> Forward:
+        """The forward pass over pool [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]."""
 
 
 def paged_attention(
@@ -50,18 +63,25 @@ def make_kernel(pool: torch.Tensor) -> AttentionKernel:
     return CpuKernel(pool) if pool.device.type == "cpu" else ReferenceKernel(pool)
 
 
-def forward(
-    model: PreTrainedModel, kernel: AttentionKernel, batch: PackedBatch, token_ids: torch.Tensor, rows: torch.Tensor
-) -> torch.Tensor:
-    """Logits [len(rows), vocabulary] of the query tokens named in `rows`; KV of all T `token_ids` goes to the pool."""
-    positions = torch.from_numpy(batch.positions)[None].to(token_ids.device)
-    output = model(
-        input_ids=token_ids[None],
-        position_ids=positions,
-        use_cache=False,
-        logits_to_keep=rows,
-        flowkv_batch=batch,
-        flowkv_kernel=kernel,
-    )
-    logits: torch.Tensor = output.logits[0]
-    return logits
+class PlainModel:
+    """The modules of `transformers` as they are."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def over(self, pool: torch.Tensor) -> Forward:
+        return partial(self._forward, make_kernel(pool))
+
+    def _forward(
+        self, kernel: AttentionKernel, batch: PackedBatch, token_ids: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        output = self._model(
+            input_ids=token_ids[None],
+            position_ids=torch.from_numpy(batch.positions)[None].to(token_ids.device),
+            use_cache=False,
+            logits_to_keep=rows,
+            flowkv_batch=batch,
+            flowkv_kernel=kernel,
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits

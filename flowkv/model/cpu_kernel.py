@@ -1,24 +1,39 @@
 """The attention kernel for CPUs (docs/decisions/0002): decoding reads the pool in place, chunks go through torch."""
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
 
-from flowkv.model import numba_kernels
+from flowkv.model import bf16_kernels, numba_kernels
 from flowkv.model.kernels import masked_attention, visible
 from flowkv.model.packing import PackedBatch
 
 BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+Float32Array = NDArray[np.float32]
 SOFTCAP_ROWS = 64  # query tokens whose scores are held at once where the soft-cap keeps torch's fused kernel away
+
+
+class Rotation(NamedTuple):
+    """What a layer does to the heads of queries and keys. cos, sin [P, D / 2]; weights [D], empty where heads are not
+    normed; all float32."""
+
+    cos: Float32Array
+    sin: Float32Array
+    query_weight: Float32Array
+    key_weight: Float32Array
+    eps: np.float32
 
 
 class CpuKernel:
     def __init__(self, pool: torch.Tensor) -> None:
         self._pool = pool
         self._bits = storage_view(pool)
+        can_pair = pool.dtype == torch.bfloat16 and pool.shape[5] % 2 == 0
+        self._has_products = can_pair and bf16_kernels.is_supported()
 
     def write_kv(self, key: torch.Tensor, value: torch.Tensor, layer: int, batch: PackedBatch) -> None:
         numba_kernels.write_kv(
@@ -30,6 +45,17 @@ class CpuKernel:
             batch.slot_offsets,
         )
 
+    def rotate_and_write(
+        self, qkv: torch.Tensor, num_heads: int, layer: int, batch: PackedBatch, rotation: "Rotation"
+    ) -> torch.Tensor:
+        """Query [T, H, D] with its positions, of qkv [T, (H + 2 Hkv) * D] in the pool's dtype; KV goes to the pool."""
+        query = torch.empty((len(qkv), num_heads, self._pool.shape[5]), dtype=qkv.dtype)
+        numba_kernels.rotate_and_write(
+            storage_view(qkv), batch.positions, rotation.cos, rotation.sin, rotation.query_weight, rotation.key_weight,
+            rotation.eps, storage_view(query), self._bits, layer, batch.slot_blocks, batch.slot_offsets,
+        )  # fmt: skip
+        return query
+
     def attend(
         self,
         query: torch.Tensor,
@@ -39,41 +65,16 @@ class CpuKernel:
         window: int | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        if not batch.chunk_items:
-            return self._decode(query, layer, batch, scale, window, softcap).to(query.dtype)
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        query = query.contiguous()
+        out = torch.empty_like(query)
         if len(batch.decode_rows):
-            rows = torch.from_numpy(batch.decode_rows).long()
-            out[rows] = self._decode(query, layer, batch, scale, window, softcap)[rows].to(query.dtype)
+            numba_kernels.decode(
+                storage_view(query), np.float32(scale), self._bits, layer, batch.decode_rows, batch.decode_items,
+                batch.block_tables, batch.context_tokens, window or 0, np.float32(softcap or 0.0), storage_view(out),
+            )  # fmt: skip
         for item in batch.chunk_items:
             chunk = slice(int(batch.query_starts[item]), int(batch.query_starts[item + 1]))
             out[chunk] = self._chunk(query[chunk], layer, batch, item, scale, window, softcap)
-        return out
-
-    def _decode(
-        self,
-        query: torch.Tensor,
-        layer: int,
-        batch: PackedBatch,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
-        """float32 [T, H, D] of which only the batch's `decode_rows` are filled."""
-        scaled = query.float().mul(scale).contiguous()
-        out = torch.empty_like(scaled)
-        numba_kernels.decode(
-            scaled.numpy(),
-            self._bits,
-            layer,
-            batch.decode_rows,
-            batch.decode_items,
-            batch.block_tables,
-            batch.context_tokens,
-            window or 0,
-            np.float32(softcap or 0.0),
-            out.numpy(),
-        )
         return out
 
     def _chunk(
@@ -90,6 +91,13 @@ class CpuKernel:
         stop = int(batch.context_tokens[item])
         start = stop - len(query)
         first = 0 if window is None else max(0, start + 1 - window)
+        if self._has_products and query.dtype == torch.bfloat16:
+            out = torch.empty_like(query)
+            bf16_kernels.attend_chunk(
+                storage_view(query), self._bits, layer, batch.block_tables[item], start, first, np.float32(scale),
+                window or 0, np.float32(softcap or 0.0), storage_view(out),
+            )  # fmt: skip
+            return out
         key, value = self._gather(layer, batch, item, first, stop)
         if softcap is not None:
             return capped_attention(query, key, value, scale, start, stop, first, window, softcap)

@@ -14,8 +14,8 @@ from transformers.utils import logging as transformers_logging
 
 from flowkv.errors import ModelError
 from flowkv.kv.layout import KvLayout
-from flowkv.model import probe, support
-from flowkv.model.attention import ATTENTION_NAME
+from flowkv.model import fused, probe, support
+from flowkv.model.attention import ATTENTION_NAME, Model, PlainModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS_FRACTION = 0.9  # of the progress; the rest is the check
@@ -27,7 +27,7 @@ OnProgress = Callable[[float, str], None]
 class LoadedModel:
     """`num_layers`, `num_kv_heads` and `head_dim` are what the model was seen to keep, not what its config says."""
 
-    model: PreTrainedModel
+    model: Model
     dtype: str
     num_layers: int
     num_kv_heads: int
@@ -39,9 +39,12 @@ class LoadedModel:
         return KvLayout(self.num_layers, self.num_kv_heads, self.head_dim, block_size, self.dtype)
 
 
-def load_model(folder: Path, dtype: str, device: str = "cpu", on_progress: OnProgress | None = None) -> LoadedModel:
+def load_model(
+    folder: Path, dtype: str, device: str = "cpu", on_progress: OnProgress | None = None, *, may_fuse: bool = True
+) -> LoadedModel:
     """Load from local files, safetensors only. `dtype` is `auto` (the config's) or a key of `DTYPES`.
 
+    Where `may_fuse`, a model of a family that `flowkv.model.fused` knows is run by that.
     `on_progress(fraction, text)` is called as it goes. ModelError if the folder has no usable model or FlowKV cannot
     serve its architecture.
     """
@@ -52,18 +55,21 @@ def load_model(folder: Path, dtype: str, device: str = "cpu", on_progress: OnPro
     max_tokens = support.max_model_tokens(config)
     dtype_name = resolve_dtype(config, dtype)
     model = load_weights(folder, model_class, config, dtype_name, report)
-    torch.nn.Module.to(model.train(False), device)
+    torch.nn.Module.to(model, device)
     report(WEIGHTS_FRACTION, "checking the model")
     num_layers, geometry = probe.watch(model, max_tokens)
-    probe.compare(model, num_layers, geometry)
+    expected = probe.expected_logits(model)
+    vocab_size = int(model.config.get_text_config().vocab_size)
+    ours = fused.FusedModel(model) if may_fuse and fused.fits(model) else PlainModel(model)
+    probe.compare(ours, expected, num_layers, geometry, DTYPES[dtype_name], str(config.model_type))
     report(1.0, "model loaded")
     return LoadedModel(
-        model=model,
+        model=ours,
         dtype=dtype_name,
         num_layers=num_layers,
         num_kv_heads=geometry.num_kv_heads,
         head_dim=geometry.head_dim,
-        vocab_size=int(model.config.get_text_config().vocab_size),
+        vocab_size=vocab_size,
         max_model_tokens=max_tokens,
     )
 
@@ -118,6 +124,7 @@ def load_weights(
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
         raise ModelError(f"The weights in {folder} are incomplete: {len(missing)} are missing, the first {missing[0]}.")
+    model.train(False)
     return model
 
 

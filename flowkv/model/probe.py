@@ -15,7 +15,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from flowkv.errors import ModelError
-from flowkv.model.attention import ATTENTION_NAME, forward, make_kernel
+from flowkv.model.attention import ATTENTION_NAME, Model
 from flowkv.model.packing import pack
 from flowkv.model.support import refuse
 
@@ -184,6 +184,8 @@ def random_ids(model: PreTrainedModel, count: int) -> torch.Tensor:
     return torch.randint(0, vocab_size, (count,), generator=generator).to(model.device)
 
 
+Expected = tuple[torch.Tensor, torch.Tensor]  # token ids and float32 logits of every position
+
 CHECK_LENGTHS = (14, 10)
 CHECK_STEPS = (((0, 6), (0, 7)), ((6, 11), (7, 8)), ((11, 12), (8, 9)), ((12, 13), (9, 10)), ((13, 14),))
 CHECK_BLOCK_SIZE = 4
@@ -191,28 +193,35 @@ CHECK_TABLES = ([6, 1, 4, 2], [0, 5, 3])
 
 
 @torch.inference_mode()
-def compare(model: PreTrainedModel, num_layers: int, geometry: Geometry) -> None:
-    """ModelError unless logits through the pool equal those of the model's own attention."""
+def expected_logits(model: PreTrainedModel) -> list[Expected]:
+    """Of two sequences, by the model's own attention."""
     sequences = [random_ids(model, length) for length in CHECK_LENGTHS]
     with attention_set_to(model, "eager"):
-        expected = [model(input_ids=ids[None], use_cache=False).logits[0].float() for ids in sequences]
-    computed = run_in_steps(model, sequences, num_layers, geometry)
-    tolerance = TOLERANCE[model.dtype]
-    for ours, theirs in zip(computed, expected, strict=True):
-        error = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max().item()
+        return [(ids, model(input_ids=ids[None], use_cache=False).logits[0].float()) for ids in sequences]
+
+
+@torch.inference_mode()
+def compare(
+    ours: Model, expected: list[Expected], num_layers: int, geometry: Geometry, dtype: torch.dtype, name: str
+) -> None:
+    """ModelError unless logits through the pool equal those of the model's own attention."""
+    computed = run_in_steps(ours, [ids for ids, _ in expected], num_layers, geometry, dtype)
+    tolerance = TOLERANCE[dtype]
+    for found, (_, right) in zip(computed, expected, strict=True):
+        error = ((found - right).norm(dim=-1) / right.norm(dim=-1)).max().item()
         if not error <= tolerance:
             raise ModelError(
-                f"FlowKV cannot serve {model.config.model_type}: its logits differ from those of the model's own "
-                f"attention by {error:.2g} of their size (at most {tolerance:g} in {model.dtype})."
+                f"FlowKV cannot serve {name}: its logits differ from those of the model's own "
+                f"attention by {error:.2g} of their size (at most {tolerance:g} in {dtype})."
             )
 
 
 def run_in_steps(
-    model: PreTrainedModel, sequences: list[torch.Tensor], num_layers: int, geometry: Geometry
+    ours: Model, sequences: list[torch.Tensor], num_layers: int, geometry: Geometry, dtype: torch.dtype
 ) -> list[torch.Tensor]:
     """float32 logits of every position of each sequence, computed by `CHECK_STEPS` over a small pool."""
     shape = (7, num_layers, 2, CHECK_BLOCK_SIZE, geometry.num_kv_heads, geometry.head_dim)
-    kernel = make_kernel(torch.zeros(shape, dtype=model.dtype, device=sequences[0].device))
+    forward = ours.over(torch.zeros(shape, dtype=dtype, device=sequences[0].device))
     logits: list[list[torch.Tensor]] = [[] for _ in sequences]
     for spans in CHECK_STEPS:
         counts = [stop - start for start, stop in spans]
@@ -220,7 +229,7 @@ def run_in_steps(
         batch = pack([start for start, _ in spans], counts, tables, CHECK_BLOCK_SIZE)
         token_ids = torch.cat([ids[start:stop] for ids, (start, stop) in zip(sequences, spans, strict=False)])
         rows = torch.arange(batch.num_tokens, device=token_ids.device)
-        parts = torch.split(forward(model, kernel, batch, token_ids, rows).float(), counts)
+        parts = torch.split(forward(batch, token_ids, rows).float(), counts)
         for collected, part in zip(logits, parts, strict=False):
             collected.append(part)
     return [torch.cat(parts) for parts in logits]

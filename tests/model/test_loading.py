@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from flowkv.errors import ModelError
 from flowkv.kv.layout import KvLayout
 from flowkv.model.loading import load_model
-from tests.model.tiny_models import CONFIGS, save_model
+from tests.model.tiny_models import CONFIGS, modules, save_model
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +20,13 @@ def test_a_loaded_model_knows_its_shape(folder: Path) -> None:
     loaded = load_model(folder, "auto")
     assert loaded.layout(8) == KvLayout(num_layers=2, num_kv_heads=2, head_dim=16, block_size=8, dtype="float32")
     assert (loaded.vocab_size, loaded.max_model_tokens) == (97, 256)
-    assert not loaded.model.training
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_dtype_asked_for_is_used(folder: Path, dtype: str) -> None:
-    loaded = load_model(folder, dtype)
-    assert loaded.dtype == dtype
-    assert loaded.model.dtype == getattr(torch, dtype)
+    assert load_model(folder, dtype).dtype == dtype
+    model = modules(folder, dtype)
+    assert model.dtype == getattr(torch, dtype) and not model.training
 
 
 def test_auto_takes_the_dtype_of_the_config(tmp_path: Path) -> None:
@@ -44,9 +43,9 @@ def test_progress_grows_to_one(folder: Path) -> None:
 
 
 def test_two_models_of_one_folder_do_not_share_a_config(folder: Path) -> None:
-    first, second = load_model(folder, "auto"), load_model(folder, "auto")
-    second.model.set_attn_implementation("eager")
-    assert first.model.config._attn_implementation == "flowkv"
+    first, second = modules(folder), modules(folder)
+    second.set_attn_implementation("eager")
+    assert first.config._attn_implementation == "flowkv"
 
 
 @pytest.mark.parametrize(("name", "complaint"), [

@@ -16,16 +16,17 @@ from transformers import (
     MambaConfig,
     Phi3Config,
     PretrainedConfig,
+    PreTrainedModel,
     T5Config,
 )
 
 from flowkv.errors import ModelError
-from flowkv.model import probe, support
-from flowkv.model.attention import ATTENTION_NAME
+from flowkv.model import attention, probe, support
+from flowkv.model.attention import ATTENTION_NAME, Model, PlainModel
 from flowkv.model.kernels import ReferenceKernel
-from flowkv.model.loading import LoadedModel, load_model
+from flowkv.model.loading import load_model
 from flowkv.model.probe import Recorder
-from tests.model.tiny_models import CONFIGS, SHAPE, save_model
+from tests.model.tiny_models import CONFIGS, SHAPE, modules, save_model
 
 REFUSED: list[tuple[PretrainedConfig, str]] = [
     (T5Config(), "encoder-decoder"),
@@ -130,15 +131,20 @@ def test_heads_and_layers_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.fixture
-def loaded(tmp_path: Path) -> LoadedModel:
-    return load_model(save_model(CONFIGS["mistral"], tmp_path), "float32")
+def model(tmp_path: Path) -> Any:
+    return modules(save_model(CONFIGS["mistral"], tmp_path), "float32")
 
 
-def test_layers_that_stay_away_from_the_interface_are_noticed(loaded: LoadedModel) -> None:
-    loaded.model.config.num_hidden_layers = 1
-    loaded.model.model.layers[0].self_attn.layer_idx = 1
+def test_layers_that_stay_away_from_the_interface_are_noticed(model: Any) -> None:
+    model.config.num_hidden_layers = 1
+    model.model.layers[0].self_attn.layer_idx = 1
     with pytest.raises(ModelError, match="go through the attention interface"):
-        probe.watch(loaded.model, 256)
+        probe.watch(model, 256)
+
+
+def compare(model: PreTrainedModel, ours: Model) -> None:
+    _, geometry = probe.watch(model, 256)
+    probe.compare(ours, probe.expected_logits(model), 2, geometry, model.dtype, "mistral")
 
 
 class WindowlessKernel(ReferenceKernel):
@@ -147,25 +153,23 @@ class WindowlessKernel(ReferenceKernel):
         return super().attend(query, layer, batch, scale, None, softcap)
 
 
-def test_wrong_numbers_are_noticed(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, geometry = probe.watch(loaded.model, 256)
-    probe.compare(loaded.model, 2, geometry)
-    monkeypatch.setattr(probe, "make_kernel", WindowlessKernel)
+def test_wrong_numbers_are_noticed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare(model, PlainModel(model))
+    monkeypatch.setattr(attention, "make_kernel", WindowlessKernel)
     with pytest.raises(ModelError, match="logits differ"):
-        probe.compare(loaded.model, 2, geometry)
-    assert loaded.model.config._attn_implementation == ATTENTION_NAME
+        compare(model, PlainModel(model))
+    assert model.config._attn_implementation == ATTENTION_NAME
 
 
-def test_state_carried_from_token_to_token_is_noticed(loaded: LoadedModel) -> None:
+def test_state_carried_from_token_to_token_is_noticed(model: Any) -> None:
     """A layer that mixes each token with the one before it is right over whole prompts and wrong one at a time."""
 
     def shifted(module: torch.nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         return output + output.roll(1, dims=1) * (torch.arange(output.shape[1]) > 0)[:, None]
 
-    _, geometry = probe.watch(loaded.model, 256)
-    loaded.model.model.layers[0].mlp.register_forward_hook(shifted)
+    model.model.layers[0].mlp.register_forward_hook(shifted)
     with pytest.raises(ModelError, match="logits differ"):
-        probe.compare(loaded.model, 2, geometry)
+        compare(model, PlainModel(model))
 
 
 def test_longrope_stops_where_it_would_turn_what_is_cached() -> None:

@@ -16,6 +16,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from flowkv.model import loading, support
+
 VOCAB_SIZE = 97
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -43,6 +45,10 @@ CONFIGS: dict[str, PretrainedConfig] = {
 def save_model(config: PretrainedConfig, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    with torch.no_grad():  # biases start as zeros and norms as ones: they could be left out unnoticed
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
     model.to(dtype).save_pretrained(folder)  # type: ignore[arg-type]
     return folder
 
@@ -52,3 +58,10 @@ def eager_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedM
     loaded = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=dtype)
     model: PreTrainedModel = loaded.train(False)
     return model
+
+
+def modules(folder: Path, dtype: str = "float32") -> PreTrainedModel:
+    """The model as `load_model` has it before it decides what runs it."""
+    config = loading.read_config(folder)
+    model_class = support.model_class(config)
+    return loading.load_weights(folder, model_class, config, dtype, lambda fraction, text: None)

@@ -1,0 +1,432 @@
+"""Products of bfloat16 matrices, for CPUs with AVX512-BF16, that read weights once however few rows there are.
+
+bfloat16 comes as its bits in uint16. A matrix [N, K] is *packed* into panels of `COLUMNS` outputs, in each of them
+pairs along K, so that one instruction multiplies 16 pairs with one pair of x: `[N / COLUMNS, K / 2, COLUMNS, 2]`, the
+last panel padded with zeros. Sums are kept in float32 and rounded once, to the nearest, ties to even.
+
+Numba's cache notices a change of this file, not of one that it imports (docs/decisions/0002): what gets compiled in is
+in here.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding  # type: ignore[import-untyped]
+import numba
+import numba.extending
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+
+intrinsic: Callable[[Callable[..., Any]], Any] = numba.extending.intrinsic
+
+LANES = 16
+VECTORS = 2  # of a panel
+COLUMNS = VECTORS * LANES
+ROWS = (8, 4, 2, 1)  # of x, whose sums are in registers beside each other; more of them spill
+QUERY_ROWS = 16  # of a head, whose scores are held at once
+BLOCK_ELEMENTS = 2**17  # of x, multiplied with all panels while they are in the second-level cache
+LOWEST = -1e30
+LOG2_E = 1.4426950408889634
+EXP2_TAYLOR = (1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0)
+
+
+class BFloat(ir.Type):  # type: ignore[misc]
+    """LLVM's type, which llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloat)
+
+    def __hash__(self) -> int:
+        return hash(BFloat)
+
+
+FLOAT, SHORT, WORD = ir.FloatType(), ir.IntType(16), ir.IntType(32)
+SUMS, WORDS, PAIRS = ir.VectorType(FLOAT, LANES), ir.VectorType(WORD, LANES), ir.VectorType(BFloat(), 2 * LANES)
+
+
+def is_supported() -> bool:
+    """Whether this machine has the instruction."""
+    return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16", False))
+
+
+def place_of(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, kind: Any) -> Any:
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.gep(builder.bitcast(data, kind.as_pointer()), [offset])
+
+
+def stack_slot(builder: Any, kind: Any) -> Any:
+    """A place for one value, made once a call of the function, however deep in its loops."""
+    with builder.goto_entry_block():
+        return builder.alloca(kind)
+
+
+def for_widths(builder: Any, count: Any, widths: tuple[int, ...], body: Any) -> None:
+    """`body(index, width)` over `count` elements: as many of the first width as there are whole, then of the next."""
+    done = ir.Constant(count.type, 0)
+    for width in widths:
+        size = ir.Constant(count.type, width)
+        whole = builder.udiv(builder.sub(count, done), size)
+        with cgutils.for_range(builder, whole) as loop:
+            body(builder.add(done, builder.mul(loop.index, size)), width)
+        done = builder.add(done, builder.mul(whole, size))
+
+
+def dot_product(builder: Any) -> Any:
+    """(sums, pairs, pairs) -> sums with the two products of each lane added."""
+    name = "llvm.x86.avx512bf16.dpbf16ps.512"
+    kind = ir.FunctionType(SUMS, [SUMS, PAIRS, PAIRS])
+    return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+
+
+def load_pairs(builder: Any, words: Any, index: Any) -> Any:
+    """16 pairs from words[index] on."""
+    place = builder.bitcast(builder.gep(words, [index]), WORDS.as_pointer())
+    return builder.bitcast(builder.load(place, align=4), PAIRS)
+
+
+def spread_pair(builder: Any, words: Any, index: Any) -> Any:
+    """The pair words[index] in every lane."""
+    word = builder.load(builder.gep(words, [index]), align=2)
+    undefined = ir.Constant(WORDS, ir.Undefined)
+    single = builder.insert_element(undefined, word, ir.Constant(WORD, 0))
+    zeros = ir.Constant(WORDS, [0] * LANES)
+    return builder.bitcast(builder.shuffle_vector(single, undefined, zeros), PAIRS)
+
+
+def rounding(builder: Any) -> Any:
+    """float32 -> bfloat16, to the nearest, ties to even; a NaN stays one."""
+    name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
+    kind = ir.FunctionType(ir.VectorType(BFloat(), LANES), [SUMS])
+    return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+
+
+def first_lanes(builder: Any, count: Any) -> Any:
+    """A mask of lanes below `count`."""
+    undefined = ir.Constant(WORDS, ir.Undefined)
+    single = builder.insert_element(undefined, builder.trunc(count, WORD), ir.Constant(WORD, 0))
+    limit = builder.shuffle_vector(single, undefined, ir.Constant(WORDS, [0] * LANES))
+    return builder.icmp_signed("<", ir.Constant(WORDS, list(range(LANES))), limit)
+
+
+def store_masked(builder: Any, value: Any, place: Any, mask: Any, name: str, alignment: int) -> None:
+    target = builder.bitcast(place, value.type.as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [value.type, target.type, WORD, mask.type])
+    name = f"llvm.masked.store.v{LANES}{name}.p0"
+    store = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    builder.call(store, [value, target, ir.Constant(WORD, alignment), mask])
+
+
+def load_wide(builder: Any, place: Any, mask: Any) -> Any:
+    """float32 of bfloat16 at `place`, 0 where masked."""
+    short = ir.VectorType(SHORT, LANES)
+    source = builder.bitcast(place, short.as_pointer())
+    kind = ir.FunctionType(short, [source.type, WORD, mask.type, short])
+    name = f"llvm.masked.load.v{LANES}i16.p0"
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    stored = builder.call(function, [source, ir.Constant(WORD, 2), mask, ir.Constant(short, None)])
+    return builder.bitcast(builder.shl(builder.zext(stored, WORDS), ir.Constant(WORDS, [16] * LANES)), SUMS)
+
+
+def constant(value: float) -> Any:
+    return ir.Constant(SUMS, [value] * LANES)
+
+
+def exp_of(builder: Any, x: Any) -> Any:
+    """e^x within 3e-7 of itself between 2^-127 and 2^127, a NaN for a NaN: 2^(n + f), with the Taylor polynomial of 2^f
+    for |f| <= 1/2."""
+    scaled = builder.fmul(x, constant(LOG2_E))
+    for order, bound in (("<", -127.0), (">", 127.0)):
+        scaled = builder.select(builder.fcmp_ordered(order, scaled, constant(bound)), constant(bound), scaled)
+    name = f"llvm.floor.v{LANES}f32"
+    floor = builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(SUMS, [SUMS]), name)
+    whole = builder.call(floor, [builder.fadd(scaled, constant(0.5))])
+    f = builder.fsub(scaled, whole)
+    p = constant(EXP2_TAYLOR[0])
+    for coefficient in EXP2_TAYLOR[1:]:
+        p = builder.fadd(builder.fmul(p, f, flags=("contract",)), constant(coefficient), flags=("contract",))
+    exponent = builder.add(builder.fptosi(whole, WORDS), ir.Constant(WORDS, [127] * LANES))
+    return builder.fmul(p, builder.bitcast(builder.shl(exponent, ir.Constant(WORDS, [23] * LANES)), SUMS))
+
+
+def silu_times(builder: Any, gate: Any, up: Any) -> Any:
+    grown = exp_of(builder, builder.fsub(constant(-0.0), gate))
+    return builder.fmul(builder.fdiv(gate, builder.fadd(constant(1.0), grown)), up)
+
+
+def panel_product(kind: str) -> Any:
+    """An intrinsic that multiplies `num_rows` rows of x with one panel, starting from `bias`.
+
+    `kind` says what is stored at out[out_offset + r * out_stride + c] for c < num_columns: the sums ("bfloat16",
+    "float32"), the sums plus what is at the same place of `other` ("add"), or silu of the first half of the sums times
+    the second ("gate").
+    """
+
+    @intrinsic
+    def product(
+        typing_context: Any, out: Any, out_offset: Any, out_stride: Any, num_columns: Any, other: Any, bias: Any,
+        bias_offset: Any, x: Any, x_offset: Any, x_stride: Any, panel: Any, panel_offset: Any, num_pairs: Any,
+        num_rows: Any,
+    ) -> Any:  # fmt: skip
+        integer = types.intp
+        signature = types.none(
+            out, integer, integer, integer, other, bias, integer, x, integer, integer, panel, integer, integer, integer
+        )
+        return signature, lambda context, builder, _, args: emit_product(kind, context, builder, signature, args)
+
+    return product
+
+
+def emit_product(kind: str, context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    out, out_offset, out_stride, num_columns, other, bias, bias_offset, x, x_offset, x_stride, panel, panel_offset = (
+        args[:12]
+    )
+    num_pairs, num_rows = args[12:]
+    element = FLOAT if kind == "float32" else SHORT
+    target = place_of(context, builder, signature.args[0], out, out_offset, element)
+    added = place_of(context, builder, signature.args[4], other, out_offset, SHORT) if kind == "add" else None
+    start = place_of(context, builder, signature.args[5], bias, bias_offset, FLOAT)
+    left = place_of(context, builder, signature.args[7], x, x_offset, SHORT)
+    right = builder.bitcast(
+        place_of(context, builder, signature.args[10], panel, panel_offset, SHORT), WORD.as_pointer()
+    )
+    dot, round_off = dot_product(builder), rounding(builder)
+    index = out_offset.type
+    lanes = [ir.Constant(index, v * LANES) for v in range(VECTORS)]
+    masks = [first_lanes(builder, builder.sub(num_columns, lane)) for lane in lanes]
+    firsts = [
+        builder.load(builder.bitcast(builder.gep(start, [lane]), SUMS.as_pointer()), align=4) for lane in lanes
+    ]  # fmt: skip
+    sums = [[stack_slot(builder, SUMS) for _ in range(VECTORS)] for _ in range(ROWS[0])]
+
+    def finish(row: Any, found: list[Any]) -> None:
+        place = builder.mul(row, out_stride)
+        if kind == "gate":
+            found = [silu_times(builder, *found)]
+        for lane, mask, value in zip(lanes, masks, found, strict=False):
+            at = builder.add(place, lane)
+            if added is not None:
+                value = builder.fadd(value, load_wide(builder, builder.gep(added, [at]), mask))
+            if kind != "float32":
+                value = builder.call(round_off, [value])
+            name, alignment = ("f32", 4) if kind == "float32" else ("bf16", 2)
+            store_masked(builder, value, builder.gep(target, [at]), mask, name, alignment)
+
+    def some_rows(row: Any, num: int) -> None:
+        rows = [builder.add(row, ir.Constant(index, i)) for i in range(num)]
+        words = [
+            builder.bitcast(builder.gep(left, [builder.mul(one, x_stride)]), WORD.as_pointer()) for one in rows
+        ]  # fmt: skip
+        for places in sums[:num]:
+            for place, first in zip(places, firsts, strict=True):
+                builder.store(first, place)
+        with cgutils.for_range(builder, num_pairs) as pair:
+            base = builder.mul(pair.index, ir.Constant(index, COLUMNS))
+            weights = [load_pairs(builder, right, builder.add(base, lane)) for lane in lanes]
+            for row_words, places in zip(words, sums, strict=False):
+                a = spread_pair(builder, row_words, pair.index)
+                for b, place in zip(weights, places, strict=True):
+                    builder.store(builder.call(dot, [builder.load(place), a, b]), place)
+        for one, places in zip(rows, sums, strict=False):
+            finish(one, [builder.load(place) for place in places])
+
+    for_widths(builder, num_rows, ROWS, some_rows)
+    return context.get_dummy_value()
+
+
+plain_product, float_product, add_product, gate_product = map(panel_product, ("bfloat16", "float32", "add", "gate"))
+
+
+@numba.njit(nogil=True, cache=True)
+def linear(x: Any, panels: Any, bias: Any, out: Any) -> None:
+    """out [M, N] = bias + x [M, K] times the packed matrix; `bias` float32, as long as the panels are wide."""
+    width, num_outputs = x.shape[1], out.shape[1]
+    block_rows = max(ROWS[0], BLOCK_ELEMENTS // width)
+    flat_x, flat_panels, flat_out = x.reshape(-1), panels.reshape(-1), out.reshape(-1)
+    for row in range(0, x.shape[0], block_rows):
+        num_rows = min(block_rows, x.shape[0] - row)
+        for panel in range(panels.shape[0]):
+            first = panel * COLUMNS
+            plain_product(
+                flat_out, row * num_outputs + first, num_outputs, num_outputs - first, flat_out, bias, first,
+                flat_x, row * width, width, flat_panels, first * width, width // 2, num_rows,
+            )  # fmt: skip
+
+
+@numba.njit(nogil=True, cache=True)
+def linear_add(x: Any, panels: Any, bias: Any, other: Any, out: Any) -> None:
+    """As `linear`, plus `other` [M, N]."""
+    width, num_outputs = x.shape[1], out.shape[1]
+    block_rows = max(ROWS[0], BLOCK_ELEMENTS // width)
+    flat_x, flat_panels, flat_other, flat_out = x.reshape(-1), panels.reshape(-1), other.reshape(-1), out.reshape(-1)
+    for row in range(0, x.shape[0], block_rows):
+        num_rows = min(block_rows, x.shape[0] - row)
+        for panel in range(panels.shape[0]):
+            first = panel * COLUMNS
+            add_product(
+                flat_out, row * num_outputs + first, num_outputs, num_outputs - first, flat_other, bias, first,
+                flat_x, row * width, width, flat_panels, first * width, width // 2, num_rows,
+            )  # fmt: skip
+
+
+@numba.njit(nogil=True, cache=True)
+def gated_linear(x: Any, panels: Any, bias: Any, out: Any) -> None:
+    """out [M, N] = silu(gate) * up, for panels that hold `LANES` outputs of the gate and the same of up."""
+    width, num_outputs = x.shape[1], out.shape[1]
+    block_rows = max(ROWS[0], BLOCK_ELEMENTS // width)
+    flat_x, flat_panels, flat_out = x.reshape(-1), panels.reshape(-1), out.reshape(-1)
+    for row in range(0, x.shape[0], block_rows):
+        num_rows = min(block_rows, x.shape[0] - row)
+        for panel in range(panels.shape[0]):
+            first = panel * LANES
+            gate_product(
+                flat_out, row * num_outputs + first, num_outputs, num_outputs - first, flat_out, bias,
+                panel * COLUMNS, flat_x, row * width, width, flat_panels, panel * COLUMNS * width, width // 2, num_rows,
+            )  # fmt: skip
+
+
+def folded(builder: Any, vector: Any, combine: Any) -> Any:
+    """All lanes combined, in every lane."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        order = [lane ^ width for lane in range(LANES)]
+        turned = builder.shuffle_vector(vector, ir.Constant(SUMS, ir.Undefined), ir.Constant(WORDS, order))
+        vector = combine(vector, turned)
+    return vector
+
+
+@intrinsic
+def softmax_row(
+    typing_context: Any, scores: Any, offset: Any, low: Any, high: Any, width: Any, scale: Any, out: Any
+) -> Any:  # fmt: skip
+    """out[offset + i] (bfloat16) = softmax of scores[offset + i] * scale over low <= i < high, and 0 elsewhere below
+    `width`, a multiple of `LANES`. `scores` is overwritten."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source = place_of(context, builder, scores, args[0], args[1], FLOAT)
+        target = place_of(context, builder, out, args[6], args[1], SHORT)
+        factor, low_lanes, high_lanes = (spread(builder, value) for value in (args[5], args[2], args[3]))
+        total, peak = stack_slot(builder, SUMS), stack_slot(builder, SUMS)
+        index = args[1].type
+        num_vectors = builder.udiv(args[4], ir.Constant(index, LANES))
+
+        def place(at: Any) -> Any:
+            where = builder.gep(source, [builder.mul(at, ir.Constant(index, LANES))])
+            return builder.bitcast(where, SUMS.as_pointer())
+
+        def mask(at: Any) -> Any:
+            first = spread(builder, builder.mul(at, ir.Constant(index, LANES)))
+            lanes = builder.add(first, ir.Constant(WORDS, list(range(LANES))))
+            inside = builder.icmp_signed(">=", lanes, low_lanes)
+            return builder.and_(inside, builder.icmp_signed("<", lanes, high_lanes))
+
+        def higher(a: Any, b: Any) -> Any:
+            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+        builder.store(constant(LOWEST), peak)
+        with cgutils.for_range(builder, num_vectors) as loop:
+            scaled = builder.fmul(builder.load(place(loop.index), align=4), factor)
+            seen = builder.select(mask(loop.index), scaled, constant(LOWEST))
+            builder.store(seen, place(loop.index), align=4)
+            builder.store(higher(seen, builder.load(peak)), peak)
+        highest = folded(builder, builder.load(peak), higher)
+        builder.store(constant(0.0), total)
+        with cgutils.for_range(builder, num_vectors) as loop:
+            grown = exp_of(builder, builder.fsub(builder.load(place(loop.index), align=4), highest))
+            grown = builder.select(mask(loop.index), grown, constant(0.0))
+            builder.store(grown, place(loop.index), align=4)
+            builder.store(builder.fadd(builder.load(total), grown), total)
+        inverse = builder.fdiv(constant(1.0), folded(builder, builder.load(total), builder.fadd))
+        round_off = rounding(builder)
+        with cgutils.for_range(builder, num_vectors) as loop:
+            share = builder.call(round_off, [builder.fmul(builder.load(place(loop.index), align=4), inverse)])
+            where = builder.gep(target, [builder.mul(loop.index, ir.Constant(index, LANES))])
+            builder.store(share, builder.bitcast(where, share.type.as_pointer()), align=2)
+        return context.get_dummy_value()
+
+    integer = types.intp
+    return types.none(scores, integer, integer, integer, integer, types.float32, out), code
+
+
+def spread(builder: Any, value: Any) -> Any:
+    """A float32, or an integer as one of 32 bits, in every lane."""
+    kind = SUMS if value.type == FLOAT else WORDS
+    value = value if value.type == FLOAT else builder.trunc(value, WORD)
+    single = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(WORD, 0))
+    return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), ir.Constant(WORDS, [0] * LANES))
+
+
+@numba.njit(nogil=True, cache=True)
+def attend_chunk(
+    query: Any, pool: Any, layer: int, table: Any, start: int, first: int, scale: Any, window: int, softcap: Any,
+    out: Any,
+) -> None:  # fmt: skip
+    """Attention of query [t, H, D], whose first token is at position `start`, to the KV of one sequence, into `out`.
+
+    KV of positions from `first` on is read from pool [B, L, 2, S, Hkv, D] through the block table, packed head by head,
+    and multiplied `QUERY_ROWS` rows at a time. `window` and `softcap` 0 mean none.
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads = pool.shape[4]
+    group, row_stride = num_heads // num_kv_heads, num_heads * head_dim
+    num_keys = start + num_tokens - first
+    padded = (num_keys + COLUMNS - 1) // COLUMNS * COLUMNS
+    keys = np.zeros(padded * head_dim, np.uint16)
+    num_panels = (head_dim + COLUMNS - 1) // COLUMNS
+    values = np.zeros(num_panels * COLUMNS * padded, np.uint16)
+    zeros = np.zeros(COLUMNS, np.float32)
+    scores, shares = np.empty(QUERY_ROWS * padded, np.float32), np.empty(QUERY_ROWS * padded, np.uint16)
+    flat_query, flat_out = query.reshape(-1), out.reshape(-1)
+    for head in range(num_heads):
+        if head % group == 0:
+            pack_kv(pool, layer, table, first, num_keys, head // group, keys, values, padded)
+        for row in range(0, num_tokens, QUERY_ROWS):
+            num_rows = min(QUERY_ROWS, num_tokens - row)
+            before = start + row - first  # keys before the first row's own
+            low = max(0, before + 1 - window) // COLUMNS if window > 0 else 0
+            high = (before + num_rows + COLUMNS - 1) // COLUMNS
+            width, place = (high - low) * COLUMNS, row * row_stride + head * head_dim
+            for panel in range(low, high):
+                float_product(
+                    scores, (panel - low) * COLUMNS, width, COLUMNS, scores, zeros, 0, flat_query, place, row_stride,
+                    keys, panel * COLUMNS * head_dim, head_dim // 2, num_rows,
+                )  # fmt: skip
+            if softcap > 0:
+                for i in range(num_rows * width):
+                    scores[i] = softcap * np.tanh(scores[i] * scale / softcap)
+            for i in range(num_rows):
+                stop = before + i + 1
+                begin = max(0, stop - window) if window > 0 else 0
+                offset = low * COLUMNS
+                factor = scale if softcap == 0 else np.float32(1.0)
+                softmax_row(scores, i * width, begin - offset, stop - offset, width, factor, shares)
+            for panel in range(num_panels):
+                column = panel * COLUMNS
+                plain_product(
+                    flat_out, place + column, row_stride, head_dim - column, flat_out, zeros, 0, shares, 0, width,
+                    values, column * padded + low * COLUMNS * COLUMNS, width // 2, num_rows,
+                )  # fmt: skip
+
+
+@numba.njit(nogil=True, cache=True)
+def pack_kv(
+    pool: Any, layer: int, table: Any, first: int, num_keys: int, head: int, keys: Any, values: Any, padded: int
+) -> None:
+    """One head's keys as [padded / COLUMNS, D / 2, COLUMNS, 2], its values as [D / COLUMNS, padded / 2, COLUMNS, 2]."""
+    block_size, num_kv_heads, head_dim = pool.shape[3], pool.shape[4], pool.shape[5]
+    flat = pool.reshape(-1)
+    pairs, packed = flat.view(np.uint32), keys.view(np.uint32)
+    half = block_size * num_kv_heads * head_dim  # from a slot's K to its V
+    for i in range(num_keys):
+        block, offset = table[(first + i) // block_size], (first + i) % block_size
+        slot = (np.intp(block) * pool.shape[1] + layer) * 2 * half + (offset * num_kv_heads + head) * head_dim
+        panel, column = i // COLUMNS * (head_dim // 2), i % COLUMNS
+        for d in range(head_dim // 2):
+            packed[(panel + d) * COLUMNS + column] = pairs[slot // 2 + d]
+        for d in range(head_dim):
+            place = (d // COLUMNS * padded // 2 + i // 2) * COLUMNS + d % COLUMNS
+            values[2 * place + i % 2] = flat[slot + half + d]
