@@ -1,0 +1,1 @@
+"""What `python -m benchmarks.engine` measures, in parts."""
