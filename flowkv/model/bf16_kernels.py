@@ -3,24 +3,18 @@
 bfloat16 comes as its bits in uint16. A matrix [N, K] is *packed* into panels of `COLUMNS` outputs, in each of them
 pairs along K, so that one instruction multiplies 16 pairs with one pair of x: `[N / COLUMNS, K / 2, COLUMNS, 2]`, the
 last panel padded with zeros. Sums are kept in float32 and rounded once, to the nearest, ties to even.
-
-Numba's cache notices a change of this file, not of one that it imports (docs/decisions/0002): what gets compiled in is
-in here.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding  # type: ignore[import-untyped]
-import numba
-import numba.extending
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 
-intrinsic: Callable[[Callable[..., Any]], Any] = numba.extending.intrinsic
+from flowkv.model.jit import compiled
+from flowkv.model.numba_kernels import FLOAT, LANES, for_widths, intrinsic, row_pointer, stack_slot
 
-LANES = 16
 VECTORS = 2  # of a panel
 COLUMNS = VECTORS * LANES
 ROWS = (8, 4, 2, 1)  # of x, whose sums are in registers beside each other; more of them spill
@@ -44,35 +38,13 @@ class BFloat(ir.Type):  # type: ignore[misc]
         return hash(BFloat)
 
 
-FLOAT, SHORT, WORD = ir.FloatType(), ir.IntType(16), ir.IntType(32)
+SHORT, WORD = ir.IntType(16), ir.IntType(32)
 SUMS, WORDS, PAIRS = ir.VectorType(FLOAT, LANES), ir.VectorType(WORD, LANES), ir.VectorType(BFloat(), 2 * LANES)
 
 
 def is_supported() -> bool:
     """Whether this machine has the instruction."""
     return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16", False))
-
-
-def place_of(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, kind: Any) -> Any:
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.gep(builder.bitcast(data, kind.as_pointer()), [offset])
-
-
-def stack_slot(builder: Any, kind: Any) -> Any:
-    """A place for one value, made once a call of the function, however deep in its loops."""
-    with builder.goto_entry_block():
-        return builder.alloca(kind)
-
-
-def for_widths(builder: Any, count: Any, widths: tuple[int, ...], body: Any) -> None:
-    """`body(index, width)` over `count` elements: as many of the first width as there are whole, then of the next."""
-    done = ir.Constant(count.type, 0)
-    for width in widths:
-        size = ir.Constant(count.type, width)
-        whole = builder.udiv(builder.sub(count, done), size)
-        with cgutils.for_range(builder, whole) as loop:
-            body(builder.add(done, builder.mul(loop.index, size)), width)
-        done = builder.add(done, builder.mul(whole, size))
 
 
 def dot_product(builder: Any) -> Any:
@@ -186,12 +158,12 @@ def emit_product(kind: str, context: Any, builder: Any, signature: Any, args: An
     )
     num_pairs, num_rows = args[12:]
     element = FLOAT if kind == "float32" else SHORT
-    target = place_of(context, builder, signature.args[0], out, out_offset, element)
-    added = place_of(context, builder, signature.args[4], other, out_offset, SHORT) if kind == "add" else None
-    start = place_of(context, builder, signature.args[5], bias, bias_offset, FLOAT)
-    left = place_of(context, builder, signature.args[7], x, x_offset, SHORT)
+    target = row_pointer(context, builder, signature.args[0], out, out_offset, element)
+    added = row_pointer(context, builder, signature.args[4], other, out_offset, SHORT) if kind == "add" else None
+    start = row_pointer(context, builder, signature.args[5], bias, bias_offset, FLOAT)
+    left = row_pointer(context, builder, signature.args[7], x, x_offset, SHORT)
     right = builder.bitcast(
-        place_of(context, builder, signature.args[10], panel, panel_offset, SHORT), WORD.as_pointer()
+        row_pointer(context, builder, signature.args[10], panel, panel_offset, SHORT), WORD.as_pointer()
     )
     dot, round_off = dot_product(builder), rounding(builder)
     index = out_offset.type
@@ -240,7 +212,7 @@ def emit_product(kind: str, context: Any, builder: Any, signature: Any, args: An
 plain_product, float_product, add_product, gate_product = map(panel_product, ("bfloat16", "float32", "add", "gate"))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def linear(x: Any, panels: Any, bias: Any, out: Any) -> None:
     """out [M, N] = bias + x [M, K] times the packed matrix; `bias` float32, as long as the panels are wide."""
     width, num_outputs = x.shape[1], out.shape[1]
@@ -256,7 +228,7 @@ def linear(x: Any, panels: Any, bias: Any, out: Any) -> None:
             )  # fmt: skip
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def linear_add(x: Any, panels: Any, bias: Any, other: Any, out: Any) -> None:
     """As `linear`, plus `other` [M, N]."""
     width, num_outputs = x.shape[1], out.shape[1]
@@ -272,7 +244,7 @@ def linear_add(x: Any, panels: Any, bias: Any, other: Any, out: Any) -> None:
             )  # fmt: skip
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def gated_linear(x: Any, panels: Any, bias: Any, out: Any) -> None:
     """out [M, N] = silu(gate) * up, for panels that hold `LANES` outputs of the gate and the same of up."""
     width, num_outputs = x.shape[1], out.shape[1]
@@ -307,8 +279,8 @@ def softmax_row(
     `width`, a multiple of `LANES`. `scores` is overwritten."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        source = place_of(context, builder, scores, args[0], args[1], FLOAT)
-        target = place_of(context, builder, out, args[6], args[1], SHORT)
+        source = row_pointer(context, builder, scores, args[0], args[1], FLOAT)
+        target = row_pointer(context, builder, out, args[6], args[1], SHORT)
         factor, low_lanes, high_lanes = (spread(builder, value) for value in (args[5], args[2], args[3]))
         total, peak = stack_slot(builder, SUMS), stack_slot(builder, SUMS)
         index = args[1].type
@@ -360,7 +332,7 @@ def spread(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), ir.Constant(WORDS, [0] * LANES))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def attend_chunk(
     query: Any, pool: Any, layer: int, table: Any, start: int, first: int, scale: Any, window: int, softcap: Any,
     out: Any,
@@ -412,7 +384,7 @@ def attend_chunk(
                 )  # fmt: skip
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def pack_kv(
     pool: Any, layer: int, table: Any, first: int, num_keys: int, head: int, keys: Any, values: Any, padded: int
 ) -> None:

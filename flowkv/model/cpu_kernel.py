@@ -31,7 +31,7 @@ class Rotation(NamedTuple):
 class CpuKernel:
     def __init__(self, pool: torch.Tensor) -> None:
         self._pool = pool
-        self._bits = storage_view(pool)
+        self.bits = storage_view(pool)  # the pool, as the compiled loops take it
         can_pair = pool.dtype == torch.bfloat16 and pool.shape[5] % 2 == 0
         self._has_products = can_pair and bf16_kernels.is_supported()
 
@@ -39,7 +39,7 @@ class CpuKernel:
         numba_kernels.write_kv(
             storage_view(key.to(self._pool.dtype).contiguous()),
             storage_view(value.to(self._pool.dtype).contiguous()),
-            self._bits,
+            self.bits,
             layer,
             batch.slot_blocks,
             batch.slot_offsets,
@@ -52,7 +52,7 @@ class CpuKernel:
         query = torch.empty((len(qkv), num_heads, self._pool.shape[5]), dtype=qkv.dtype)
         numba_kernels.rotate_and_write(
             storage_view(qkv), batch.positions, rotation.cos, rotation.sin, rotation.query_weight, rotation.key_weight,
-            rotation.eps, storage_view(query), self._bits, layer, batch.slot_blocks, batch.slot_offsets,
+            rotation.eps, storage_view(query), self.bits, layer, batch.slot_blocks, batch.slot_offsets,
         )  # fmt: skip
         return query
 
@@ -69,7 +69,7 @@ class CpuKernel:
         out = torch.empty_like(query)
         if len(batch.decode_rows):
             numba_kernels.decode(
-                storage_view(query), np.float32(scale), self._bits, layer, batch.decode_rows, batch.decode_items,
+                storage_view(query), np.float32(scale), self.bits, layer, batch.decode_rows, batch.decode_items,
                 batch.block_tables, batch.context_tokens, window or 0, np.float32(softcap or 0.0), storage_view(out),
             )  # fmt: skip
         for item in batch.chunk_items:
@@ -94,7 +94,7 @@ class CpuKernel:
         if self._has_products and query.dtype == torch.bfloat16:
             out = torch.empty_like(query)
             bf16_kernels.attend_chunk(
-                storage_view(query), self._bits, layer, batch.block_tables[item], start, first, np.float32(scale),
+                storage_view(query), self.bits, layer, batch.block_tables[item], start, first, np.float32(scale),
                 window or 0, np.float32(softcap or 0.0), storage_view(out),
             )  # fmt: skip
             return out
@@ -120,7 +120,7 @@ class CpuKernel:
         shape = (2, self._pool.shape[4], stop - first, self._pool.shape[5])
         both = torch.empty(shape, dtype=self._pool.dtype)
         key, value = storage_view(both)
-        numba_kernels.gather_kv(self._bits, layer, batch.block_tables[item], first, key, value)
+        numba_kernels.gather_kv(self.bits, layer, batch.block_tables[item], first, key, value)
         return both[0], both[1]
 
 

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 
 from flowkv.model import bf16_kernels
-from flowkv.model.bf16_kernels import COLUMNS, LANES
+from flowkv.model.bf16_kernels import COLUMNS
+from flowkv.model.numba_kernels import LANES
 
 PACKED_FOR_TOKENS = 16  # what oneDNN is told of the number of rows; it serves any
 
+Weights = tuple[torch.Tensor, torch.Tensor | None]  # weight [outputs, inputs] and bias [outputs]
 # (x [T, inputs], what to add to the result [T, outputs] or None) -> [T, outputs]
 Linear = Callable[..., torch.Tensor]
 # x [T, inputs] -> silu(gate) * up, [T, outputs]
@@ -29,7 +31,8 @@ def packed(*parts: Any) -> Linear:
 def packed_gate(gate: Any, up: Any) -> Gated:
     """The first half of a gated MLP."""
     if uses_own_kernels(gate.weight):
-        return Bf16Gated(*take_weights([gate]), *take_weights([up]))
+        num_outputs = len(gate.weight)
+        return Bf16Gated(num_outputs, *take_gate(gate, up))
     return OneDnnGated(OneDnnLinear(*take_weights([gate])), OneDnnLinear(*take_weights([up])))
 
 
@@ -37,13 +40,20 @@ def uses_own_kernels(weight: torch.Tensor) -> bool:
     return weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0 and bf16_kernels.is_supported()
 
 
-def take_weights(parts: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight [outputs, inputs] and bias [outputs] of all parts."""
+def take_weights(parts: Any) -> Weights:
+    """Of all parts, side by side."""
     weight = torch.cat([part.weight.detach() for part in parts])
     bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
     for part in parts:
         part.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
     return weight, bias
+
+
+def take_gate(gate: Any, up: Any) -> Weights:
+    """Of both, `interleaved`."""
+    (gate_weight, gate_bias), (up_weight, up_bias) = take_weights([gate]), take_weights([up])
+    bias = None if gate_bias is None or up_bias is None else interleaved(gate_bias, up_bias)
+    return interleaved(gate_weight, up_weight), bias
 
 
 class OneDnnLinear:
@@ -88,12 +98,11 @@ class Bf16Linear:
 
 
 class Bf16Gated:
-    def __init__(
-        self, gate: torch.Tensor, gate_bias: torch.Tensor | None, up: torch.Tensor, up_bias: torch.Tensor | None
-    ) -> None:
-        self._num_outputs = len(gate)
-        self._panels = bits(panels_of(interleaved(gate, up)))
-        bias = None if gate_bias is None or up_bias is None else interleaved(gate_bias, up_bias)
+    """`weight` and `bias` as `take_gate` gives them."""
+
+    def __init__(self, num_outputs: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._num_outputs = num_outputs
+        self._panels = bits(panels_of(weight))
         self._bias = padded_bias(bias, len(self._panels))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,6 @@ bfloat16 and float16 are unknown to NumPy and Numba: an array of bfloat16 comes 
 as its bits in int16, and the type says how to widen them. Numba does not vectorise the loops well by itself, so the
 two that matter are written in LLVM vectors of 16 lanes; sums are kept in float32.
 
-Compiled code is cached on disk, beside this file or in the user's cache folder. Numba compiles again when this file
-changes, but not when one that it imports does: whatever gets compiled in must stay in here.
 """
 
 from collections.abc import Callable
@@ -17,12 +15,14 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils, types
 from numba.core.errors import TypingError
 
+from flowkv.model.jit import compiled
+
 intrinsic: Callable[[Callable[..., Any]], Any] = numba.extending.intrinsic
 
 LANES = 16
 COLUMNS = 4  # vectors of a row that are summed beside each other
 CACHE_LINE_BYTES = 64
-LOWEST = np.float32(-1e30)
+PART = 512  # logits whose highest is found at a time
 LOG2_E = np.float32(1.4426950408889634)
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}  # not nnan: a NaN must stay one, so that the sampler can refuse it
 FLOAT = ir.FloatType()
@@ -291,26 +291,31 @@ def prefetch(typing_context: Any, array: Any, offset: Any, count: Any) -> Any:
 
 
 @intrinsic
-def highest(typing_context: Any, row: Any, count: Any) -> Any:
-    """The highest of row[:count], float32; a NaN is passed over."""
+def highest(typing_context: Any, row: Any, offset: Any, count: Any) -> Any:
+    """The highest of row[offset : offset + count] as float32; NaN if there is one."""
+    storage = storage_of(row)
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = row_pointer(context, builder, row, args[0], ir.Constant(args[1].type, 0), FLOAT)
+        data = row_pointer(context, builder, row, args[0], args[1], storage)
         peaks = {lanes: stack_slot(builder, kind) for lanes, kind in KINDS.items()}
         for lanes, place in peaks.items():
-            builder.store(spread(builder, ir.Constant(FLOAT, LOWEST), lanes), place)
+            builder.store(spread(builder, ir.Constant(FLOAT, float("-inf")), lanes), place)
 
         def higher(a: Any, b: Any) -> Any:
-            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+            width = "" if a.type == FLOAT else f"v{a.type.count}"
+            name = f"llvm.maximum.{width}f32"
+            kind = ir.FunctionType(a.type, [a.type, a.type])
+            maximum = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+            return builder.call(maximum, [a, b])
 
         def body(index: Any, lanes: int) -> None:
-            value = load(builder, data, index, FLOAT, lanes)
+            value = load(builder, data, index, storage, lanes)
             builder.store(higher(value, builder.load(peaks[lanes])), peaks[lanes])
 
-        for_widths(builder, args[1], (LANES, 1), body)
+        for_widths(builder, args[2], (LANES, 1), body)
         return higher(folded(builder, builder.load(peaks[LANES]), higher), builder.load(peaks[1]))
 
-    return types.float32(row, types.intp), code
+    return types.float32(row, types.intp, types.intp), code
 
 
 @intrinsic
@@ -341,7 +346,7 @@ def exp_nonpositive(x: Any) -> Any:
     return p * float32_of_bits((np.int32(whole) + np.int32(127)) << np.int32(23))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def write_kv(key: Any, value: Any, pool: Any, layer: int, blocks: Any, offsets: Any) -> None:
     """key, value [T, Hkv, D] into slots (blocks[t], offsets[t]) of pool [B, L, 2, S, Hkv, D]."""
     for token in range(key.shape[0]):
@@ -352,7 +357,7 @@ def write_kv(key: Any, value: Any, pool: Any, layer: int, blocks: Any, offsets: 
                 pool[block, layer, 1, offset, head, d] = value[token, head, d]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def gather_kv(pool: Any, layer: int, table: Any, start: int, key: Any, value: Any) -> None:
     """Positions from `start` on of one sequence, out of the pool into key, value [Hkv, n, D]."""
     block_size = pool.shape[3]
@@ -364,7 +369,7 @@ def gather_kv(pool: Any, layer: int, table: Any, start: int, key: Any, value: An
                 value[head, i, d] = pool[block, layer, 1, offset, head, d]
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FASTMATH)
+@compiled(nogil=True, fastmath=FASTMATH)
 def decode(
     query: Any, scale: Any, pool: Any, layer: int, rows: Any, items: Any, tables: Any, contexts: Any,
     window: int, softcap: Any, out: Any,
@@ -425,7 +430,7 @@ def softmax(scores: Any, softcap: Any) -> None:
     if softcap > 0:
         for t in range(len(scores)):
             scores[t] = softcap * np.tanh(scores[t] / softcap)
-    peak = highest(scores, len(scores))
+    peak = highest(scores, 0, len(scores))
     total = np.float32(0.0)
     for t in range(len(scores)):
         scores[t] = exp_nonpositive(scores[t] - peak)
@@ -435,7 +440,7 @@ def softmax(scores: Any, softcap: Any) -> None:
         scores[t] *= inverse
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FASTMATH)
+@compiled(nogil=True, fastmath=FASTMATH)
 def rms_norm(x: Any, weight: Any, eps: Any, out: Any) -> None:
     """out [T, H] = weight * x / sqrt(mean of x^2 + eps), rounded before and after the weight as `transformers` does."""
     width = x.shape[1]
@@ -463,7 +468,7 @@ def normalize(row: Any, start: int, weight: Any, eps: Any, out: Any, out_start: 
     narrow_row(out, out_start, row, start, width)
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FASTMATH)
+@compiled(nogil=True, fastmath=FASTMATH)
 def rotate_and_write(
     qkv: Any, positions: Any, cos: Any, sin: Any, query_weight: Any, key_weight: Any, eps: Any,
     query: Any, pool: Any, layer: int, blocks: Any, offsets: Any,
@@ -513,3 +518,27 @@ def rotate_head(
         head[d] = a * c - b * s
         head[half + d] = b * c + a * s
     narrow_row(out, out_start, head, 0, width)
+
+
+@compiled(nogil=True)
+def best_tokens(logits: Any, best: Any, peaks: Any) -> None:
+    """best [R] = the first place of the highest of logits [R, V], peaks [R] = that, float32; NaN where there is one."""
+    num_rows, size = logits.shape
+    flat = logits.reshape(-1)
+    part_peaks = np.empty((size + PART - 1) // PART, np.float32)
+    wide = np.empty(PART, np.float32)
+    for row in range(num_rows):
+        for part in range(len(part_peaks)):
+            start = part * PART
+            part_peaks[part] = highest(flat, row * size + start, min(PART, size - start))
+        peaks[row] = highest(part_peaks, 0, len(part_peaks))
+        best[row] = 0
+        for part in range(len(part_peaks)):
+            if part_peaks[part] == peaks[row]:
+                count = min(PART, size - part * PART)
+                widen_row(wide, 0, flat, row * size + part * PART, np.float32(1.0), count)
+                place = 0
+                while wide[place] != peaks[row]:
+                    place += 1
+                best[row] = part * PART + place
+                break

@@ -5,12 +5,16 @@ batch, and no state is kept. The order of the steps is vLLM's and Hugging Face's
 temperature, top-k, top-p, min-p, draw.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from flowkv.model.cpu_kernel import storage_view
+from flowkv.model.numba_kernels import best_tokens
 from flowkv.types import NO_TOKEN, SamplingParams, TokenLogprobs
 
 MASK_64 = (1 << 64) - 1
@@ -49,16 +53,26 @@ def sample(logits: torch.Tensor, specs: Sequence[DrawSpec]) -> list[Sample]:
     """
     rows = [spec.row for spec in specs]
     raw = logits if rows == list(range(len(logits))) else logits[rows]
-    is_plain = all(spec.is_plain for spec in specs)
-    wanted = raw if is_plain else adjusted(raw.float(), specs)
-    highest, best = wanted.max(dim=-1)  # a NaN anywhere in a row is its highest
-    is_sound = torch.isfinite(highest)
-    if is_plain:
-        token_ids: list[int] = best.tolist()
-    else:
-        token_ids = draw(torch.where(is_sound[:, None], wanted, 0.0), specs)
+    if all(spec.is_plain for spec in specs):
+        best, highest = highest_of(raw)
+        return [
+            (token_id if math.isfinite(peak) else NO_TOKEN, None) for token_id, peak in zip(best, highest, strict=True)
+        ]
+    wanted = adjusted(raw.float(), specs)
+    is_sound = torch.isfinite(wanted.amax(dim=-1))  # a NaN anywhere in a row is its highest
+    token_ids = draw(torch.where(is_sound[:, None], wanted, 0.0), specs)
     samples = zip(token_ids, drawn_logprobs(raw, token_ids, specs), strict=True)
     return [drawn if sound else (NO_TOKEN, None) for drawn, sound in zip(samples, is_sound.tolist(), strict=True)]
+
+
+def highest_of(logits: torch.Tensor) -> tuple[list[int], list[float]]:
+    """The first place of the highest of each row, and that; a NaN anywhere in a row is its highest."""
+    if logits.device.type != "cpu":
+        highest, places = logits.max(dim=-1)
+        return places.tolist(), highest.tolist()
+    best, peaks = np.empty(len(logits), np.int64), np.empty(len(logits), np.float32)
+    best_tokens(storage_view(logits.contiguous()), best, peaks)
+    return best.tolist(), peaks.tolist()
 
 
 def adjusted(raw: torch.Tensor, specs: Sequence[DrawSpec]) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkv.model.sampler import DrawSpec, adjusted, draw, keep, sample, token_logprobs, uniform
+from flowkv.model.sampler import DrawSpec, adjusted, draw, highest_of, keep, sample, token_logprobs, uniform
 from flowkv.types import NO_TOKEN, SamplingParams
 
 VOCAB_SIZE = 40
@@ -160,6 +160,19 @@ def test_greedy_takes_the_highest() -> None:
     logits = logits_of(3, 4)
     wanted = [spec(row, temperature=0.0) for row in (2, 0, 0)]
     assert drawn_ids(logits, wanted) == logits[[2, 0, 0]].argmax(-1).tolist()
+
+
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    size=st.sampled_from([1, 15, 512, 513, 1600]),
+    num_levels=st.sampled_from([2, 50, 10_000]), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_greedy_takes_the_first_of_the_highest(dtype: torch.dtype, size: int, num_levels: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randint(num_levels, (3, size), generator=generator) - num_levels // 2).to(dtype)
+    places, peaks = highest_of(logits)
+    for row, place, peak in zip(logits.float(), places, peaks, strict=True):
+        assert peak == row.max() and row[place] == peak and not (row[:place] == peak).any()
 
 
 def test_log_probabilities_are_those_of_the_raw_logits() -> None:
