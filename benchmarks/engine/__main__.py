@@ -11,7 +11,8 @@ to a mailbox that a thread of ZeroMQ reads. A step is split into
     messages    received, encoded and sent; transfers looked after
     rest        what no clock covers, the clocks' own time included
 
-and `idle` is the time in which the thread had no core, whichever part that fell into. A decode cell is a step of
+where the layers run one by one, so that attention can be told from the rest; --one-call has them as they are served.
+`idle` is the time in which the thread had no core, whichever part that fell into. A decode cell is a step of
 `batch` choices with `context` tokens each, handed over as if another instance had prefilled them: their KV is random
 numbers. A prefill cell is the chunk of a long prompt that begins at `context`; the last of them draws a token. The
 floor is what reading weights and KV takes at the measured bandwidth, or the arithmetic at the measured matrix rate
@@ -26,13 +27,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import BenchmarkError
-from benchmarks.engine.cells import DECODE, Cell, OnDone, Plan, measure_round, open_bench
+from benchmarks.engine.cells import DECODE, Cell, OnDone, Plan, check_attention, measure_round, open_bench
 from benchmarks.engine.instance import Step
 from benchmarks.engine.roofline import Machine, Model
 from benchmarks.engine.summary import report, show
@@ -41,6 +43,7 @@ from benchmarks.report import ROOT, write_report
 from flowkv.bundled import MODEL_FOLDER
 from flowkv.config import EngineConfig
 from flowkv.errors import FlowKVError
+from flowkv.model import fused
 from flowkv.model.loading import DTYPES, load_model
 
 BATCHES, QUICK_BATCHES = (1, 2, 4, 8, 16, 32, 64), (1, 8, 16)
@@ -61,6 +64,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--context", type=int, nargs="+", help=f"default: {CONTEXTS}")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--plain", action="store_true", help="run the modules of transformers as they are")
+    parser.add_argument(
+        "--one-call", action="store_true", help="all layers in one call, as they are served: attention within forward"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12, help="of each cell in each round")
     parser.add_argument("--quick", action="store_true", help="fewer cells, two rounds")
@@ -106,7 +112,8 @@ def progress(console: Console, total: int) -> Iterator[OnDone]:
 def measure(args: argparse.Namespace, scratch: Path, console: Console) -> dict[str, Any]:
     """The report, which is written after every round."""
     plan, config, folder = plan_of(args), EngineConfig(fused=not args.plain), model_folder(args, scratch)
-    loaded = load_model(folder, args.dtype, may_fuse=config.fused)
+    with patch.object(fused, "can_stack", fused.can_stack if args.one_call else lambda modules: False):
+        loaded = load_model(folder, args.dtype, may_fuse=config.fused)
     cells, skipped = plan.decode_cells(loaded.max_model_tokens)
     cells += plan.prefill_cells(config.max_batch_tokens, loaded.max_model_tokens)
     if not cells:
@@ -122,6 +129,8 @@ def measure(args: argparse.Namespace, scratch: Path, console: Console) -> dict[s
             num_decodes = sum(cell.phase == DECODE for cell in cells)
             with progress(console, num_decodes + (len(cells) > num_decodes) * (1 + plan.num_steps)) as on_done:
                 measure_round(bench, plan, cells, number, steps, on_done)
+            if not args.one_call:
+                check_attention(step for measured in steps.values() for step in measured)
             results = {"options": options, **report(plan, model, machine, steps, skipped)}
             write_report(args.output, results)
             console.print(f"round {number + 1} of {plan.num_rounds} is in {args.output}", highlight=False)

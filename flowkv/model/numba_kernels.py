@@ -22,6 +22,7 @@ intrinsic: Callable[[Callable[..., Any]], Any] = numba.extending.intrinsic
 LANES = 16
 COLUMNS = 4  # vectors of a row that are summed beside each other
 CACHE_LINE_BYTES = 64
+GROUP = 8  # rows whose sums grow beside each other: more pointers than that spill
 PART = 512  # logits whose highest is found at a time
 LOG2_E = np.float32(1.4426950408889634)
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}  # not nnan: a NaN must stay one, so that the sampler can refuse it
@@ -151,18 +152,21 @@ def dot_rows(
 
         def some_rows(row: Any, num: int) -> None:
             """`num` at a time: as many sums grow beside each other, and share what is loaded of x."""
-            starts = [builder.mul(builder.add(row, ir.Constant(row.type, i)), args[6]) for i in range(num)]
-            for lanes, places in sums.items():
-                for place in places[:num]:
-                    builder.store(ir.Constant(KINDS[lanes], None), place)
+            for place in (place for places in sums.values() for place in places[:num]):
+                builder.store(ir.Constant(place.type.pointee, None), place)
+            for begin in range(0, num, GROUP):
+                group = range(begin, min(num, begin + GROUP))
+                starts = [builder.mul(builder.add(row, ir.Constant(row.type, i)), args[6]) for i in group]
+                pointers = [builder.gep(first, [start]) for start in starts]
 
-            def body(index: Any, lanes: int) -> None:
-                a = load(builder, left, index, FLOAT, lanes)
-                for start, place in zip(starts, sums[lanes], strict=False):
-                    b = load(builder, first, builder.add(start, index), storage, lanes)
-                    builder.store(multiply_add(builder, a, b, builder.load(place)), place)
+                def body(index: Any, lanes: int, group: range = group, pointers: list[Any] = pointers) -> None:
+                    a = load(builder, left, index, FLOAT, lanes)
+                    for i, pointer in zip(group, pointers, strict=True):
+                        b = load(builder, pointer, index, storage, lanes)
+                        place = sums[lanes][i]
+                        builder.store(multiply_add(builder, a, b, builder.load(place)), place)
 
-            for_widths(builder, args[8], (LANES, 1), body)
+                for_widths(builder, args[8], (LANES, 1), body)
             vectors = [builder.load(place) for place in sums[LANES][:num]]
             where = builder.gep(target, [row])
             if num == 1:
@@ -271,7 +275,7 @@ def narrow_row(
 
 @intrinsic
 def prefetch(typing_context: Any, array: Any, offset: Any, count: Any) -> Any:
-    """Ask for `count` elements from `offset` on to be brought into the second-level cache. Any address is safe."""
+    """Ask for `count` elements from `offset` on to be brought into the caches. Any address is safe."""
     storage = storage_of(array)
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -284,7 +288,7 @@ def prefetch(typing_context: Any, array: Any, offset: Any, count: Any) -> Any:
         lines = builder.udiv(builder.add(args[2], builder.sub(line, ir.Constant(line.type, 1))), line)
         with cgutils.for_range(builder, lines) as loop:
             place = builder.gep(data, [builder.mul(loop.index, line)])
-            builder.call(call, [place, *(ir.Constant(number, flag) for flag in (0, 2, 1))])  # read, L2, data
+            builder.call(call, [place, *(ir.Constant(number, flag) for flag in (0, 3, 1))])  # read, nearest, data
         return context.get_dummy_value()
 
     return types.none(array, types.intp, types.intp), code

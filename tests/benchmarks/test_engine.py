@@ -127,7 +127,7 @@ def test_attention_that_no_clock_sees_is_an_error() -> None:
     unseen = step(1.0)
     unseen.seconds["attention"] = 0.0
     with pytest.raises(BenchmarkError, match="CpuKernel"):
-        cells.checked([step(1.0), unseen])
+        cells.check_attention([step(1.0), unseen])
 
 
 # --- clocks --------------------------------------------------------------------------------------------------------
