@@ -19,6 +19,7 @@ VECTORS = 2  # of a panel
 COLUMNS = VECTORS * LANES
 ROWS = (8, 4, 2, 1)  # of x, whose sums are in registers beside each other; more of them spill
 QUERY_ROWS = 16  # of a head, whose scores are held at once
+ASKING_ROWS = 4  # from which on a panel takes so long that the next one is asked for meanwhile
 BLOCK_ELEMENTS = 2**17  # of x, multiplied with all panels while they are in the second-level cache
 LOWEST = -1e30
 LOG2_E = 1.4426950408889634
@@ -129,6 +130,15 @@ def silu_times(builder: Any, gate: Any, up: Any) -> Any:
     return builder.fmul(builder.fdiv(gate, builder.fadd(constant(1.0), grown)), up)
 
 
+def ask_for(builder: Any, words: Any) -> None:
+    """Have the line at `words`, which may be any address, brought into the second-level cache."""
+    place = builder.bitcast(words, ir.IntType(8).as_pointer())
+    name = "llvm.prefetch.p0"
+    kind = ir.FunctionType(ir.VoidType(), [place.type, WORD, WORD, WORD])
+    prefetch = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    builder.call(prefetch, [place, *(ir.Constant(WORD, flag) for flag in (0, 2, 1))])  # read, second level, data
+
+
 def panel_product(kind: str) -> Any:
     """An intrinsic that multiplies `num_rows` rows of x with one panel, starting from `bias`.
 
@@ -167,6 +177,7 @@ def emit_product(kind: str, context: Any, builder: Any, signature: Any, args: An
     )
     dot, round_off = dot_product(builder), rounding(builder)
     index = out_offset.type
+    next_panel = builder.gep(right, [builder.mul(num_pairs, ir.Constant(index, COLUMNS))])
     lanes = [ir.Constant(index, v * LANES) for v in range(VECTORS)]
     masks = [first_lanes(builder, builder.sub(num_columns, lane)) for lane in lanes]
     firsts = [
@@ -197,6 +208,8 @@ def emit_product(kind: str, context: Any, builder: Any, signature: Any, args: An
                 builder.store(first, place)
         with cgutils.for_range(builder, num_pairs) as pair:
             base = builder.mul(pair.index, ir.Constant(index, COLUMNS))
+            for lane in lanes if num >= ASKING_ROWS else []:
+                ask_for(builder, builder.gep(next_panel, [builder.add(base, lane)]))
             weights = [load_pairs(builder, right, builder.add(base, lane)) for lane in lanes]
             for row_words, places in zip(words, sums, strict=False):
                 a = spread_pair(builder, row_words, pair.index)

@@ -1,8 +1,9 @@
 """The forward pass of the Llama family for CPUs, in fewer and faster steps than the modules of `transformers` take it.
 
-Projections of the same input are one matrix, weights lie in the order that oneDNN reads them, activations and residual
-sums are made where the product is, and norms, rotary positions and the write into the KV pool are one loop each
-(docs/decisions/0014). The numbers are those of the modules but for rounding; models that this does not fit keep theirs.
+Projections of the same input are one matrix, weights lie in the order in which products read them, activations and
+residual sums are made where the product is, and norms, rotary positions and the write into the KV pool are one loop
+each (docs/decisions/0014). The numbers are those of the modules but for rounding; models that this does not fit keep
+theirs.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,6 @@ from flowkv.model.linear import (
     Gated,
     Linear,
     Weights,
-    bits,
     packed,
     packed_gate,
     padded_bias,
@@ -177,7 +177,7 @@ class Layers:
 
 def can_stack(modules: Any) -> bool:
     """Whether `Stack` is for these layers."""
-    return all(uses_own_kernels(module.self_attn.q_proj.weight) for module in modules)
+    return all(uses_own_kernels(weight) for weight in modules.parameters() if weight.dim() == 2)
 
 
 class Stack:
@@ -201,10 +201,10 @@ class Stack:
 
     def __call__(self, hidden: torch.Tensor, kernel: CpuKernel, batch: PackedBatch, angles: AngleTable) -> torch.Tensor:
         run_layers(
-            bits(hidden), *self._norms, self._head_norms, *self._weights, self._windows, self._scale, self._num_heads,
-            self._num_inner, *angles, kernel.bits, batch.positions, batch.slot_blocks, batch.slot_offsets,
-            batch.query_starts, batch.context_tokens, batch.block_tables, batch.decode_items, batch.decode_rows,
-            np.asarray(batch.chunk_items, np.int32),
+            storage_view(hidden), *self._norms, self._head_norms, *self._weights, self._windows, self._scale,
+            self._num_heads, self._num_inner, *angles, kernel.bits, batch.positions, batch.slot_blocks,
+            batch.slot_offsets, batch.query_starts, batch.context_tokens, batch.block_tables, batch.decode_items,
+            batch.decode_rows, np.asarray(batch.chunk_items, np.int32),
         )  # fmt: skip
         return hidden
 
@@ -220,7 +220,7 @@ def stacked(modules: Any, take: Callable[[Any], Weights]) -> tuple[Any, Float32A
         panels[number] = packed_weight
         biases.append(padded_bias(bias, len(packed_weight)))
     assert panels is not None
-    return bits(panels), np.stack(biases)
+    return storage_view(panels), np.stack(biases)
 
 
 class Angles:

@@ -11,6 +11,7 @@ import torch
 
 from flowkv.model import bf16_kernels
 from flowkv.model.bf16_kernels import COLUMNS
+from flowkv.model.cpu_kernel import storage_view
 from flowkv.model.numba_kernels import LANES
 
 PACKED_FOR_TOKENS = 16  # what oneDNN is told of the number of rows; it serves any
@@ -85,15 +86,15 @@ class OneDnnGated:
 class Bf16Linear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._num_outputs = len(weight)
-        self._panels = bits(panels_of(weight))
+        self._panels = storage_view(panels_of(weight))
         self._bias = padded_bias(bias, len(self._panels))
 
     def __call__(self, x: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
         out = torch.empty((len(x), self._num_outputs), dtype=x.dtype)
         if add is None:
-            bf16_kernels.linear(bits(x), self._panels, self._bias, bits(out))
+            bf16_kernels.linear(storage_view(x), self._panels, self._bias, storage_view(out))
         else:
-            bf16_kernels.linear_add(bits(x), self._panels, self._bias, bits(add), bits(out))
+            bf16_kernels.linear_add(storage_view(x), self._panels, self._bias, storage_view(add), storage_view(out))
         return out
 
 
@@ -102,12 +103,12 @@ class Bf16Gated:
 
     def __init__(self, num_outputs: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._num_outputs = num_outputs
-        self._panels = bits(panels_of(weight))
+        self._panels = storage_view(panels_of(weight))
         self._bias = padded_bias(bias, len(self._panels))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out = torch.empty((len(x), self._num_outputs), dtype=x.dtype)
-        bf16_kernels.gated_linear(bits(x), self._panels, self._bias, bits(out))
+        bf16_kernels.gated_linear(storage_view(x), self._panels, self._bias, storage_view(out))
         return out
 
 
@@ -117,10 +118,6 @@ def padded_bias(bias: torch.Tensor | None, num_panels: int) -> Any:
     if bias is not None:
         out[: len(bias)] = bias.float().numpy()
     return out
-
-
-def bits(tensor: torch.Tensor) -> Any:
-    return tensor.view(torch.uint16).numpy()
 
 
 def interleaved(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
