@@ -17,15 +17,15 @@ import torch
 from rich.console import Console
 
 from benchmarks.report import ROOT, print_table, write_report
-from flowkv.model.linear import Bf16Linear, OneDnnLinear
+from flowkv.model.linear import Bf16Linear, Linear, OneDnnLinear
 
 SHAPES = ((512, 1536), (512, 2816), (1408, 512), (512, 32000))  # inputs, outputs
 ROWS = (1, 2, 4, 8, 16, 64, 512)
-KINDS = {"ours": Bf16Linear, "oneDNN": OneDnnLinear}
+KINDS: dict[str, Callable[[torch.Tensor, None], Linear]] = {"ours": Bf16Linear, "oneDNN": OneDnnLinear}
 
 
-def fastest_s(layers: Sequence[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor) -> float:
-    """A call, over one pass."""
+def pass_s(layers: Sequence[Linear], x: torch.Tensor) -> float:
+    """Seconds a call, over one pass."""
     began_s = time.perf_counter()
     for layer in layers:
         layer(x)
@@ -43,7 +43,7 @@ def measure(num_inputs: int, num_outputs: int, rounds: int, spread_bytes: int) -
         passes: dict[str, list[float]] = {name: [] for name in KINDS}
         for _ in range(rounds + 1):
             for name in KINDS:
-                passes[name].append(fastest_s(layers[name], x))
+                passes[name].append(pass_s(layers[name], x))
         seconds = {name: min(times[1:]) for name, times in passes.items()}
         found.append({"inputs": num_inputs, "outputs": num_outputs, "rows": num_rows, "seconds": seconds})
     return found
