@@ -226,8 +226,11 @@ plain_product, float_product, add_product, gate_product = map(panel_product, ("b
 
 
 @compiled(nogil=True)
-def linear(x: Any, panels: Any, bias: Any, out: Any) -> None:
-    """out [M, N] = bias + x [M, K] times the packed matrix; `bias` float32, as long as the panels are wide."""
+def linear(x: Any, panels: Any, bias: Any, other: Any, out: Any) -> None:
+    """out [M, N] = bias + x [M, K] times the packed matrix, plus `other` [M, N] unless that is None.
+
+    `bias` is float32, as long as the panels are wide. `out` may be `other`.
+    """
     width, num_outputs = x.shape[1], out.shape[1]
     block_rows = max(ROWS[0], BLOCK_ELEMENTS // width)
     flat_x, flat_panels, flat_out = x.reshape(-1), panels.reshape(-1), out.reshape(-1)
@@ -235,26 +238,16 @@ def linear(x: Any, panels: Any, bias: Any, out: Any) -> None:
         num_rows = min(block_rows, x.shape[0] - row)
         for panel in range(panels.shape[0]):
             first = panel * COLUMNS
-            plain_product(
-                flat_out, row * num_outputs + first, num_outputs, num_outputs - first, flat_out, bias, first,
-                flat_x, row * width, width, flat_panels, first * width, width // 2, num_rows,
-            )  # fmt: skip
-
-
-@compiled(nogil=True)
-def linear_add(x: Any, panels: Any, bias: Any, other: Any, out: Any) -> None:
-    """As `linear`, plus `other` [M, N]."""
-    width, num_outputs = x.shape[1], out.shape[1]
-    block_rows = max(ROWS[0], BLOCK_ELEMENTS // width)
-    flat_x, flat_panels, flat_other, flat_out = x.reshape(-1), panels.reshape(-1), other.reshape(-1), out.reshape(-1)
-    for row in range(0, x.shape[0], block_rows):
-        num_rows = min(block_rows, x.shape[0] - row)
-        for panel in range(panels.shape[0]):
-            first = panel * COLUMNS
-            add_product(
-                flat_out, row * num_outputs + first, num_outputs, num_outputs - first, flat_other, bias, first,
-                flat_x, row * width, width, flat_panels, first * width, width // 2, num_rows,
-            )  # fmt: skip
+            if other is None:
+                plain_product(
+                    flat_out, row * num_outputs + first, num_outputs, num_outputs - first, flat_out, bias, first,
+                    flat_x, row * width, width, flat_panels, first * width, width // 2, num_rows,
+                )  # fmt: skip
+            else:
+                add_product(
+                    flat_out, row * num_outputs + first, num_outputs, num_outputs - first, other.reshape(-1), bias,
+                    first, flat_x, row * width, width, flat_panels, first * width, width // 2, num_rows,
+                )  # fmt: skip
 
 
 @compiled(nogil=True)

@@ -91,10 +91,8 @@ class Bf16Linear:
 
     def __call__(self, x: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
         out = torch.empty((len(x), self._num_outputs), dtype=x.dtype)
-        if add is None:
-            bf16_kernels.linear(storage_view(x), self._panels, self._bias, storage_view(out))
-        else:
-            bf16_kernels.linear_add(storage_view(x), self._panels, self._bias, storage_view(add), storage_view(out))
+        other = None if add is None else storage_view(add)
+        bf16_kernels.linear(storage_view(x), self._panels, self._bias, other, storage_view(out))
         return out
 
 

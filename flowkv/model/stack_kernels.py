@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from flowkv.model.bf16_kernels import attend_chunk, gated_linear, linear, linear_add
+from flowkv.model.bf16_kernels import attend_chunk, gated_linear, linear
 from flowkv.model.jit import compiled
 from flowkv.model.numba_kernels import decode, rms_norm, rotate_and_write
 
@@ -33,7 +33,7 @@ def run_layers(
     for layer in range(len(windows)):
         window = windows[layer]
         rms_norm(hidden, norm_weights[layer, 0], eps, normed)
-        linear(normed, qkv[layer], qkv_bias[layer], mixed)
+        linear(normed, qkv[layer], qkv_bias[layer], None, mixed)
         rotate_and_write(
             mixed, positions, cos, sin, head_norm_weights[layer, 0], head_norm_weights[layer, 1], eps, query, pool,
             layer, slot_blocks, slot_offsets,
@@ -48,10 +48,10 @@ def run_layers(
             attend_chunk(
                 query[begin:end], pool, layer, block_tables[item], start, first, scale, window, no_cap, seen[begin:end]
             )  # fmt: skip
-        linear_add(
+        linear(
             seen.reshape((num_tokens, num_heads * head_dim)), attention_out[layer], attention_out_bias[layer], hidden,
             hidden,
         )  # fmt: skip
         rms_norm(hidden, norm_weights[layer, 1], eps, normed)
         gated_linear(normed, gated[layer], gated_bias[layer], inner)
-        linear_add(inner, down[layer], down_bias[layer], hidden, hidden)
+        linear(inner, down[layer], down_bias[layer], hidden, hidden)
