@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from flowkv.model.jit import compiled
-from flowkv.model.numba_kernels import FLOAT, LANES, for_widths, intrinsic, row_pointer, stack_slot
+from flowkv.model.numba_kernels import FLOAT, LANES, declared, for_widths, intrinsic, row_pointer, stack_slot
 
 VECTORS = 2  # of a panel
 COLUMNS = VECTORS * LANES
@@ -48,11 +48,17 @@ def is_supported() -> bool:
     return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16", False))
 
 
+def spread(builder: Any, value: Any) -> Any:
+    """A float32, or an integer as one of 32 bits, in every lane."""
+    kind = SUMS if value.type == FLOAT else WORDS
+    value = value if value.type in (FLOAT, WORD) else builder.trunc(value, WORD)
+    single = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(WORD, 0))
+    return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), ir.Constant(WORDS, [0] * LANES))
+
+
 def dot_product(builder: Any) -> Any:
     """(sums, pairs, pairs) -> sums with the two products of each lane added."""
-    name = "llvm.x86.avx512bf16.dpbf16ps.512"
-    kind = ir.FunctionType(SUMS, [SUMS, PAIRS, PAIRS])
-    return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    return declared(builder, "llvm.x86.avx512bf16.dpbf16ps.512", SUMS, [SUMS, PAIRS, PAIRS])
 
 
 def load_pairs(builder: Any, words: Any, index: Any) -> Any:
@@ -64,32 +70,23 @@ def load_pairs(builder: Any, words: Any, index: Any) -> Any:
 def spread_pair(builder: Any, words: Any, index: Any) -> Any:
     """The pair words[index] in every lane."""
     word = builder.load(builder.gep(words, [index]), align=2)
-    undefined = ir.Constant(WORDS, ir.Undefined)
-    single = builder.insert_element(undefined, word, ir.Constant(WORD, 0))
-    zeros = ir.Constant(WORDS, [0] * LANES)
-    return builder.bitcast(builder.shuffle_vector(single, undefined, zeros), PAIRS)
+    return builder.bitcast(spread(builder, word), PAIRS)
 
 
 def rounding(builder: Any) -> Any:
     """float32 -> bfloat16, to the nearest, ties to even; a NaN stays one."""
-    name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
-    kind = ir.FunctionType(ir.VectorType(BFloat(), LANES), [SUMS])
-    return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    return declared(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(BFloat(), LANES), [SUMS])
 
 
 def first_lanes(builder: Any, count: Any) -> Any:
     """A mask of lanes below `count`."""
-    undefined = ir.Constant(WORDS, ir.Undefined)
-    single = builder.insert_element(undefined, builder.trunc(count, WORD), ir.Constant(WORD, 0))
-    limit = builder.shuffle_vector(single, undefined, ir.Constant(WORDS, [0] * LANES))
-    return builder.icmp_signed("<", ir.Constant(WORDS, list(range(LANES))), limit)
+    return builder.icmp_signed("<", ir.Constant(WORDS, list(range(LANES))), spread(builder, count))
 
 
 def store_masked(builder: Any, value: Any, place: Any, mask: Any, name: str, alignment: int) -> None:
     target = builder.bitcast(place, value.type.as_pointer())
-    kind = ir.FunctionType(ir.VoidType(), [value.type, target.type, WORD, mask.type])
-    name = f"llvm.masked.store.v{LANES}{name}.p0"
-    store = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    arguments = [value.type, target.type, WORD, mask.type]
+    store = declared(builder, f"llvm.masked.store.v{LANES}{name}.p0", ir.VoidType(), arguments)
     builder.call(store, [value, target, ir.Constant(WORD, alignment), mask])
 
 
@@ -97,9 +94,7 @@ def load_wide(builder: Any, place: Any, mask: Any) -> Any:
     """float32 of bfloat16 at `place`, 0 where masked."""
     short = ir.VectorType(SHORT, LANES)
     source = builder.bitcast(place, short.as_pointer())
-    kind = ir.FunctionType(short, [source.type, WORD, mask.type, short])
-    name = f"llvm.masked.load.v{LANES}i16.p0"
-    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    function = declared(builder, f"llvm.masked.load.v{LANES}i16.p0", short, [source.type, WORD, mask.type, short])
     stored = builder.call(function, [source, ir.Constant(WORD, 2), mask, ir.Constant(short, None)])
     return builder.bitcast(builder.shl(builder.zext(stored, WORDS), ir.Constant(WORDS, [16] * LANES)), SUMS)
 
@@ -114,8 +109,7 @@ def exp_of(builder: Any, x: Any) -> Any:
     scaled = builder.fmul(x, constant(LOG2_E))
     for order, bound in (("<", -127.0), (">", 127.0)):
         scaled = builder.select(builder.fcmp_ordered(order, scaled, constant(bound)), constant(bound), scaled)
-    name = f"llvm.floor.v{LANES}f32"
-    floor = builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(SUMS, [SUMS]), name)
+    floor = declared(builder, f"llvm.floor.v{LANES}f32", SUMS, [SUMS])
     whole = builder.call(floor, [builder.fadd(scaled, constant(0.5))])
     f = builder.fsub(scaled, whole)
     p = constant(EXP2_TAYLOR[0])
@@ -133,9 +127,7 @@ def silu_times(builder: Any, gate: Any, up: Any) -> Any:
 def ask_for(builder: Any, words: Any) -> None:
     """Have the line at `words`, which may be any address, brought into the second-level cache."""
     place = builder.bitcast(words, ir.IntType(8).as_pointer())
-    name = "llvm.prefetch.p0"
-    kind = ir.FunctionType(ir.VoidType(), [place.type, WORD, WORD, WORD])
-    prefetch = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    prefetch = declared(builder, "llvm.prefetch.p0", ir.VoidType(), [place.type, WORD, WORD, WORD])
     builder.call(prefetch, [place, *(ir.Constant(WORD, flag) for flag in (0, 2, 1))])  # read, second level, data
 
 
@@ -328,14 +320,6 @@ def softmax_row(
 
     integer = types.intp
     return types.none(scores, integer, integer, integer, integer, types.float32, out), code
-
-
-def spread(builder: Any, value: Any) -> Any:
-    """A float32, or an integer as one of 32 bits, in every lane."""
-    kind = SUMS if value.type == FLOAT else WORDS
-    value = value if value.type == FLOAT else builder.trunc(value, WORD)
-    single = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(WORD, 0))
-    return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), ir.Constant(WORDS, [0] * LANES))
 
 
 @compiled(nogil=True)

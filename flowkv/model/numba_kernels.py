@@ -104,6 +104,12 @@ def folded(builder: Any, vector: Any, combine: Any) -> Any:
     return builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
 
 
+def declared(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+    """LLVM's function of that name, in the module that is being built."""
+    kind = ir.FunctionType(result, arguments)
+    return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+
+
 def stack_slot(builder: Any, kind: Any) -> Any:
     """A place for one value, made once a call of the function, however deep in its loops."""
     with builder.goto_entry_block():
@@ -281,9 +287,8 @@ def prefetch(typing_context: Any, array: Any, offset: Any, count: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = row_pointer(context, builder, array, args[0], args[1], storage)
         number = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [storage.as_pointer(), number, number, number])
         name = f"llvm.prefetch.p0{storage.intrinsic_name}"
-        call = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        call = declared(builder, name, ir.VoidType(), [storage.as_pointer(), number, number, number])
         line = ir.Constant(args[2].type, CACHE_LINE_BYTES // (4 if storage == FLOAT else 2))
         lines = builder.udiv(builder.add(args[2], builder.sub(line, ir.Constant(line.type, 1))), line)
         with cgutils.for_range(builder, lines) as loop:
@@ -308,9 +313,7 @@ def highest(typing_context: Any, row: Any, offset: Any, count: Any) -> Any:
         def higher(a: Any, b: Any) -> Any:
             width = "" if a.type == FLOAT else f"v{a.type.count}"
             name = f"llvm.maximum.{width}f32"
-            kind = ir.FunctionType(a.type, [a.type, a.type])
-            maximum = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-            return builder.call(maximum, [a, b])
+            return builder.call(declared(builder, name, a.type, [a.type, a.type]), [a, b])
 
         def body(index: Any, lanes: int) -> None:
             value = load(builder, data, index, storage, lanes)
