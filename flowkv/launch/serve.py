@@ -12,7 +12,7 @@ from flowkv.launch.addresses import check_local, resolve_endpoint
 from flowkv.launch.instances import Display
 from flowkv.launch.model import model_name, resolve_model
 from flowkv.launch.node import Node, running_node
-from flowkv.server.process import run_frontend
+from flowkv.server.process import FrontendSpec, run_frontend
 from flowkv.wire import tcp_address
 
 CONTROLLER, FRONTEND = "controller", "frontend"
@@ -73,7 +73,7 @@ class _Cluster:
         light = self._node.preload(self._config)
         children, folders = self._node.children, self._node.folders
         children.start(CONTROLLER, light, run_controller, self._controller_spec(), orphaned_folders=folders)
-        children.start(FRONTEND, light, run_frontend, *self._frontend_arguments())
+        children.start(FRONTEND, light, run_frontend, self._frontend_spec())
         while not self._node.children.are_ready:
             self._node.wait()
         template = self._node.instance_template(
@@ -99,12 +99,17 @@ class _Cluster:
             key=self._node.key,
         )
 
-    def _frontend_arguments(self) -> tuple[object, ...]:
-        server = self._config.server
-        addresses = (self._node.mailbox_address(FRONTEND, self._host), self._controller_address, self._node.address)
-        folder = None if self._folder is None else str(self._folder)
-        model = (folder, self._model_name, server.max_body_bytes)
-        return (server.host, server.port, *addresses, FRONTEND, *model, self._node.key)
+    def _frontend_spec(self) -> FrontendSpec:
+        return FrontendSpec(
+            name=FRONTEND,
+            address=self._node.mailbox_address(FRONTEND, self._host),
+            controller_address=self._controller_address,
+            launcher_address=self._node.address,
+            server=self._config.server,
+            model_folder=None if self._folder is None else str(self._folder),
+            model_name=self._model_name,
+            key=self._node.key,
+        )
 
     def _description(self) -> str:
         roles = self._config.roles

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from flowkv import types
+from flowkv.config import ServerConfig
 from flowkv.errors import RequestError
 from flowkv.server.frontend import Frontend, TextOptions
 from flowkv.server.generation import GenerationResponse
@@ -23,13 +24,12 @@ from flowkv.server.parameters import build_request
 from flowkv.server.protocol import MAX_CHOICES, ChatBody, CompletionBody, decode_chat, decode_completion
 from flowkv.server.response import ChatFormat, CompletionFormat, Echo, Head, ResponseFormat, Usage, error_body
 
-DEFAULT_MAX_BODY_BYTES = 8 * 2**20
 INLINE_TEXT_CHARS = 16384  # longer texts are tokenized in a thread, so that they do not hold up every open stream
 
 
-def create_app(frontend: Frontend, model_name: str, max_body_bytes: int = DEFAULT_MAX_BODY_BYTES) -> Starlette:
+def create_app(frontend: Frontend, model_name: str, config: ServerConfig) -> Starlette:
     """`model_name` is what clients may call the one model that is served."""
-    api = Api(frontend, model_name, max_body_bytes)
+    api = Api(frontend, model_name, config)
     routes = [
         Route("/v1/completions", api.completions, methods=["POST"]),
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
@@ -51,11 +51,11 @@ def create_app(frontend: Frontend, model_name: str, max_body_bytes: int = DEFAUL
 
 
 class Api:
-    def __init__(self, frontend: Frontend, model_name: str, max_body_bytes: int) -> None:
+    def __init__(self, frontend: Frontend, model_name: str, config: ServerConfig) -> None:
         self._frontend = frontend
         self._tokenizer = frontend.tokenizer
         self._model_name = model_name
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes = config.max_body_bytes
         self._created = int(time.time())
 
     # --- generation ----------------------------------------------------------------------------------------------

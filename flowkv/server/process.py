@@ -5,6 +5,7 @@ import contextlib
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
@@ -13,9 +14,10 @@ import zmq
 from starlette.types import ASGIApp
 
 from flowkv.auth import ClusterKey
+from flowkv.config import ServerConfig
 from flowkv.errors import ConfigError, FlowKVError
 from flowkv.messages import Ready, Serving, StartFailed
-from flowkv.server.app import DEFAULT_MAX_BODY_BYTES, create_app
+from flowkv.server.app import create_app
 from flowkv.server.byte_tokenizer import ByteTokenizer
 from flowkv.server.frontend import Frontend
 from flowkv.server.tokenizer import ModelTokenizer, Tokenizer
@@ -25,49 +27,53 @@ SHUTDOWN_S = 5  # for clients to take the ends of their streams
 LINGER_S = 1.0  # for the last messages to leave
 
 
-def run_frontend(
-    host: str,
-    port: int,
-    mailbox_address: str,
-    controller_address: str,
-    launcher_address: str,
-    name: str,
-    model_folder: str | None,
-    model_name: str,
-    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
-    key: ClusterKey | None = None,
-) -> int:
-    """Serve until SIGTERM; returns the exit status. `model_folder` None is toy serving, where tokens are bytes.
+@dataclass(frozen=True, slots=True)
+class FrontendSpec:
+    """All that a new process needs to become a frontend."""
 
-    `key` is for mailboxes on tcp. The launcher gets `StartFailed` with one line, or `Ready` with the URL (a `port` of 0
-    is any free one) and, when the cluster is ready too, `Serving`.
+    name: str
+    address: str  # mailbox
+    controller_address: str
+    launcher_address: str
+    server: ServerConfig
+    model_folder: str | None  # None: toy serving, where tokens are bytes
+    model_name: str
+    key: ClusterKey | None = None  # for mailboxes on tcp
+
+
+def run_frontend(spec: FrontendSpec) -> int:
+    """Serve until SIGTERM; returns the exit status.
+
+    The launcher gets `StartFailed` with one line, or `Ready` with the URL (a port of 0 is any free one) and, when the
+    cluster is ready too, `Serving`.
     """
     # Ctrl-C reaches every process of the terminal's group: in which order they end is the launcher's business.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     context: SyncContext = zmq.Context()
-    outbox = Outbox(context, key)
-
-    def make_frontend() -> Frontend:
-        mailbox = AsyncMailbox(context, mailbox_address, key)
-        return Frontend(
-            name, mailbox, outbox, controller_address, tokenizer,
-            on_ready=lambda: outbox.send(launcher_address, Serving(name)),
-        )  # fmt: skip
-
-    def announce(url: str) -> None:
-        outbox.send(launcher_address, Ready(name, url))
-
+    outbox = Outbox(context, spec.key)
     try:
-        with listen(host, port) as listener:
-            tokenizer: Tokenizer = ByteTokenizer() if model_folder is None else ModelTokenizer(Path(model_folder))
-            uvloop.run(_serve(listener, make_frontend, model_name, max_body_bytes, announce))
+        with listen(spec.server.host, spec.server.port) as listener:
+            tokenizer = _tokenizer(spec)
+            uvloop.run(_serve(spec, listener, lambda: _frontend(spec, context, outbox, tokenizer), outbox))
     except FlowKVError as error:
-        outbox.send(launcher_address, StartFailed(name, str(error)))
+        outbox.send(spec.launcher_address, StartFailed(spec.name, str(error)))
         return 1
     finally:
         outbox.close(LINGER_S)
         context.term()
     return 0
+
+
+def _tokenizer(spec: FrontendSpec) -> Tokenizer:
+    return ByteTokenizer() if spec.model_folder is None else ModelTokenizer(Path(spec.model_folder))
+
+
+def _frontend(spec: FrontendSpec, context: SyncContext, outbox: Outbox, tokenizer: Tokenizer) -> Frontend:
+    """Inside the event loop."""
+    return Frontend(
+        spec.name, AsyncMailbox(context, spec.address, spec.key), outbox, spec.controller_address, tokenizer,
+        on_ready=lambda: outbox.send(spec.launcher_address, Serving(spec.name)),
+    )  # fmt: skip
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -88,14 +94,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 async def _serve(
-    listener: socket.socket,
-    make_frontend: Callable[[], Frontend],
-    model_name: str,
-    max_body_bytes: int,
-    announce: Callable[[str], None],
+    spec: FrontendSpec, listener: socket.socket, make_frontend: Callable[[], Frontend], outbox: Outbox
 ) -> None:
     frontend = make_frontend()
-    server = Server(create_app(frontend, model_name, max_body_bytes), lambda: announce(_url(listener)))
+    app = create_app(frontend, spec.model_name, spec.server)
+    server = Server(app, lambda: outbox.send(spec.launcher_address, Ready(spec.name, _url(listener))))
 
     def stop() -> None:
         frontend.close()

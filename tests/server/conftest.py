@@ -7,6 +7,7 @@ import httpx
 import pytest
 import zmq
 
+from flowkv.config import ServerConfig
 from flowkv.server.app import create_app
 from flowkv.server.byte_tokenizer import ByteTokenizer
 from flowkv.server.frontend import Frontend
@@ -37,7 +38,7 @@ def module_served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     async def serve(controller_address: str) -> None:
         mailbox, outbox = AsyncMailbox(context, f"ipc://{folder}/frontend"), Outbox(context)
         frontend = Frontend("f0", mailbox, outbox, controller_address, ByteTokenizer(), beat_s=0.02)
-        servers.append(Server(create_app(frontend, "toy", MAX_BODY_BYTES), started.set))
+        servers.append(Server(create_app(frontend, "toy", ServerConfig(max_body_bytes=MAX_BODY_BYTES)), started.set))
         receiving = asyncio.create_task(frontend.run())
         await servers[0].serve(sockets=[listener])
         receiving.cancel()

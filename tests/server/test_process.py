@@ -21,9 +21,11 @@ from tests.server.fake_cluster import FakeCluster, outputs
 
 MAIN = """
 import sys
-from flowkv.server.process import run_frontend
+from flowkv.config import ServerConfig
+from flowkv.server.process import FrontendSpec, run_frontend
 host, port, mailbox, controller, launcher, folder = sys.argv[1:]
-code = run_frontend(host, int(port), mailbox, controller, launcher, "f0", folder or None, "toy")
+server = ServerConfig(host=host, port=int(port))
+code = run_frontend(FrontendSpec("f0", mailbox, controller, launcher, server, folder or None, "toy"))
 assert not {"torch", "transformers"} & set(sys.modules)
 sys.exit(code)
 """
