@@ -95,11 +95,27 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]] = []
 
 
+class Timings(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """How long a request was in which stage on one instance, by the clock of that instance alone.
+
+    In this order, each from the end of the one before it; 0 for one that was elsewhere. `reserved_s` and `transfer_s`
+    run beside the prefill on another instance.
+    """
+
+    queued_s: float = 0.0  # until the step with its first chunk began
+    prefill_s: float = 0.0  # until its prompt was computed
+    reserved_s: float = 0.0  # blocks were kept for it, and none was filled yet
+    transfer_s: float = 0.0  # until all of its KV was here
+    waiting_s: float = 0.0  # until its first step of decoding began
+    decode_s: float = 0.0  # until this output
+
+
 class Output(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     """New tokens of one choice. Order is `index`, never arrival: P's first token has 0, D's first has 1.
 
     `attempt` lets the frontend drop what an attempt that was given up still sends. `prompt_logprobs` comes once,
-    with the first output of choice 0; it has one entry for every prompt token but the first.
+    with the first output of choice 0; it has one entry for every prompt token but the first. `timings` come with the
+    first and the last that an instance puts out of a choice, and with the first after it was preempted.
     """
 
     request_id: str
@@ -112,6 +128,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     error: str | None = None
+    timings: Timings | None = None
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):

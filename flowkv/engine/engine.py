@@ -80,7 +80,7 @@ class Engine:
         self._has_drained = False  # and was said to have
         self._reporter = Reporter(name, controller_address, None if max_itl_s is None else self.scheduler.cost)
         self._clock = LeaseClock(lease_s)
-        self._requests = Requests(self.blocks, self.scheduler, self._reporter)
+        self._requests = Requests(self.blocks, self.scheduler, self._reporter, self._clock)
         send, emit = self._send_peer, self._effects.append
         self._sender = HandoffSender(name, config.block_size, self._clock, send, emit, self._requests.decode)
         self._receiver = HandoffReceiver(name, self.blocks, self._clock, send, emit, self._adopt)
@@ -96,6 +96,7 @@ class Engine:
 
     def handle(self, message: Message, now_s: float) -> None:
         """One message. ProtocolError for one that no instance should ever get."""
+        self._clock.now_s = now_s
         match message:
             case Dispatch():
                 self._orders.on_dispatch(message)
@@ -134,6 +135,7 @@ class Engine:
 
     def on_arrived(self, arrived: Arrived, now_s: float) -> None:
         """A peer has written blocks into this instance's pool."""
+        self._clock.now_s = now_s
         self._receiver.on_arrived(arrived)
         self._report(now_s)
 
@@ -161,6 +163,7 @@ class Engine:
             self._break_standstill()
             return None
         for sequence in step.begun:
+            sequence.stamps.start(now_s)
             self._sender.start(sequence)
         num_repeats, until_s = 1, self._reporter.due_s
         if max_repeats > 1 and self._may_repeat(step):
@@ -172,11 +175,12 @@ class Engine:
 
     def on_result(self, result: BatchResult, seconds: float, now_s: float) -> None:
         """Apply a batch that took `seconds`: advance sequences, put tokens out, free what has finished."""
+        self._clock.now_s = now_s
         batch, self._in_flight = self._in_flight, None
         assert batch is not None and batch.batch_id == result.batch_id and 1 <= result.num_steps <= batch.num_repeats
         step_seconds = result.step_seconds or [seconds / result.num_steps] * result.num_steps
         self._catch_up(step_seconds)
-        for address, outputs in self._results.apply(batch, result, now_s).items():
+        for address, outputs in self._results.apply(batch, result, self._began_s, now_s).items():
             self._effects.append(Send(address, Outputs(self.name, outputs)))
         if result.num_steps < batch.num_repeats:
             self._give_steps_back(batch)

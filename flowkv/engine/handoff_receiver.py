@@ -8,6 +8,7 @@ from itertools import count
 from flowkv.engine.effects import Effect, Expect, Forget
 from flowkv.engine.history import Fate, History
 from flowkv.engine.leases import LeaseClock
+from flowkv.engine.timing import Stamps
 from flowkv.engine.transfers import SendTo
 from flowkv.kv.blocks import BlockManager
 from flowkv.messages import Cancel, CancelAck, KvReady, Refused, Release, Renew, Renewed, Reserve, Reserved
@@ -29,6 +30,7 @@ class Incoming:
     is_orphan: bool = False  # its source is dead; only what the network still carries may come
     silent_s: float = 0.0  # since it was last renewed
     unacknowledged_s: float = 0.0  # since `Cancel` was last sent
+    stamps: Stamps = field(default_factory=Stamps)
 
     @property
     def key(self) -> tuple[str, int]:
@@ -174,6 +176,7 @@ class HandoffReceiver:
     def on_arrived(self, arrived: Arrived) -> None:
         """Immediates are never used twice, so a count for one that is gone is of no one's concern."""
         if (incoming := self._by_immediate.get(arrived.immediate)) is not None:
+            incoming.stamps.fill(self._clock.now_s)
             incoming.num_arrived += arrived.num_blocks
             incoming.silent_s = 0.0
             self._finish(incoming)
@@ -227,6 +230,7 @@ class HandoffReceiver:
         if table is None:
             return None
         incoming = Incoming(message, next(self._immediates), table, max(self._clock.lease_s, message.lease_s))
+        incoming.stamps.reserved_s = self._clock.now_s
         self._incoming[incoming.key] = self._by_immediate[incoming.immediate] = incoming
         self._emit(Expect(incoming.immediate))
         return incoming
@@ -261,6 +265,7 @@ class HandoffReceiver:
             reserve = incoming.reserve
             self._history(reserve.source).end(reserve.attempt, Fate.ADOPTED)
             self._release(reserve.source, reserve.request.request_id, reserve.attempt)
+            incoming.stamps.ready_s = self._clock.now_s
             self._adopt(incoming)
 
     def _let_go(self, incoming: Incoming) -> None:

@@ -19,6 +19,7 @@ class LeaseClock:
         self._configured_s = lease_s
         self._slowest_step_s = 0.0
         self._last_s: float | None = None
+        self.now_s = 0.0  # when the engine was last called
 
     @property
     def lease_s(self) -> float:

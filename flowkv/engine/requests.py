@@ -1,10 +1,11 @@
 """The requests of one instance: which sequences each has in the queues, and what is left of those that are over."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 from flowkv.engine.batch import Batch
 from flowkv.engine.handoff_receiver import Incoming
+from flowkv.engine.leases import LeaseClock
 from flowkv.engine.report import Reporter
 from flowkv.engine.scheduler import HybridScheduler
 from flowkv.engine.sequence import Sequence
@@ -24,10 +25,13 @@ class Requests:
     One that is over goes to limbo: its blocks are freed by `sweep`, when nobody writes or reads them any more.
     """
 
-    def __init__(self, blocks: BlockManager, scheduler: HybridScheduler, reporter: Reporter) -> None:
+    def __init__(
+        self, blocks: BlockManager, scheduler: HybridScheduler, reporter: Reporter, clock: LeaseClock
+    ) -> None:  # fmt: skip
         self._blocks = blocks
         self._scheduler = scheduler
         self._reporter = reporter
+        self._clock = clock
         self._running: dict[str, _Running] = {}
         self._arrivals = count()
         self._limbo: list[Sequence] = []
@@ -50,6 +54,7 @@ class Requests:
         sequence = Sequence(
             request, message.attempt, message.frontend_address, next(self._arrivals), num_choices=request.sampling.n
         )
+        sequence.stamps.queued_s = self._clock.now_s
         self._running[request.request_id] = _Running([sequence])
         self._scheduler.add(sequence)
         return sequence
@@ -65,6 +70,7 @@ class Requests:
             num_choices=reserve.request.sampling.n,
             num_computed=len(reserve.request.prompt_ids),
             block_table=incoming.block_table,
+            stamps=incoming.stamps,
         )
         self.decode(root, incoming.choices)
 
@@ -86,6 +92,7 @@ class Requests:
                 output_ids=list(output_ids),
                 num_computed=root.num_computed,
                 block_table=table,
+                stamps=replace(root.stamps),
             )
             self._scheduler.start_decoding(fork)
             running.sequences.append(fork)

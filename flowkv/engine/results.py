@@ -1,10 +1,12 @@
 """What came of a step: sequences advance, and tokens go out."""
 
+from msgspec.structs import replace
+
 from flowkv.engine.batch import Batch, BatchItem, BatchResult, Draw, ItemResult
 from flowkv.engine.handoff_sender import HandoffSender
 from flowkv.engine.requests import Requests
 from flowkv.engine.sequence import Sequence
-from flowkv.types import NO_TOKEN, FinishReason, Output, TokenLogprobs
+from flowkv.types import NO_TOKEN, FinishReason, Output, Timings, TokenLogprobs
 
 _NO_TOKEN_TEXT = "no token could be drawn: the logits were NaN or infinite, or every token was masked"
 
@@ -16,8 +18,8 @@ class Results:
         self._requests = requests
         self._sender = sender
 
-    def apply(self, batch: Batch, result: BatchResult, now_s: float) -> dict[str, list[Output]]:
-        """What goes out, by the address of its frontend."""
+    def apply(self, batch: Batch, result: BatchResult, began_s: float, now_s: float) -> dict[str, list[Output]]:
+        """What goes out, by the address of its frontend; the batch was computed from `began_s` on."""
         outputs: dict[str, list[Output]] = {}
         for item, item_result in zip(batch.items, result.items, strict=True):
             sequence = item.sequence
@@ -26,6 +28,10 @@ class Results:
             if sequence.is_decoding:
                 sequence.num_computed = item.start + result.num_steps
                 output = _append(sequence, sequence.choice, sequence.output_ids, item_result.draws)
+                if sequence.stamps.decoding_s is None:
+                    output = replace(output, timings=sequence.stamps.first_decoded(began_s, now_s))
+                elif output.finish_reason is not None:
+                    output = replace(output, timings=sequence.stamps.last_decoded(now_s))
                 outputs.setdefault(sequence.frontend_address, []).append(output)
                 if output.finish_reason is not None:
                     self._requests.end(sequence)
@@ -43,15 +49,16 @@ class Results:
             self._sender.chunk_computed(sequence)
             return
         mine = outputs.setdefault(sequence.frontend_address, [])
+        timings = sequence.stamps.computed(now_s)
         choices: dict[int, list[int]] = {}
         for choice, draw in zip(item.draws, result.draws, strict=True):
             output_ids = list(sequence.output_ids)
-            output = _append(sequence, choice, output_ids, [draw])
+            output = replace(_append(sequence, choice, output_ids, [draw]), timings=timings)
             mine.append(output)
             if output.finish_reason is None:
                 choices[choice] = output_ids
         if not item.draws:  # max_tokens is 0: the prompt was all there was to compute
-            mine.extend(_empty_output(sequence, choice) for choice in range(sequence.num_choices))
+            mine.extend(_empty_output(sequence, choice, timings) for choice in range(sequence.num_choices))
         self._move_on(sequence, choices, len(item.draws), now_s)
 
     def _move_on(self, sequence: Sequence, choices: dict[int, list[int]], num_draws: int, now_s: float) -> None:
@@ -94,10 +101,12 @@ def _append(sequence: Sequence, choice: int, output_ids: list[int], draws: list[
     )
 
 
-def _empty_output(sequence: Sequence, choice: int) -> Output:
+def _empty_output(sequence: Sequence, choice: int, timings: Timings) -> Output:
     logprobs = _prompt_logprobs(sequence) if choice == 0 else None
     request_id = sequence.request.request_id
-    return Output(request_id, choice, sequence.attempt, 0, [], FinishReason.LENGTH, prompt_logprobs=logprobs)
+    return Output(
+        request_id, choice, sequence.attempt, 0, [], FinishReason.LENGTH, prompt_logprobs=logprobs, timings=timings
+    )  # fmt: skip
 
 
 def _prompt_logprobs(sequence: Sequence) -> list[TokenLogprobs] | None:

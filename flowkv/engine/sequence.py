@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from flowkv.engine.timing import Stamps
 from flowkv.types import Request, TokenLogprobs
 
 
@@ -27,6 +28,7 @@ class Sequence:
     num_computed: int = 0  # tokens whose KV is in the pool
     block_table: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    stamps: Stamps = field(default_factory=Stamps)
 
     @property
     def num_prompt(self) -> int:
