@@ -6,7 +6,7 @@ from flowkv.server.detokenizer import ByteDetokenizer
 class ByteTokenizer:
     eos_token_ids: frozenset[int] = frozenset()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
@@ -18,6 +18,9 @@ class ByteTokenizer:
 
     def token_text(self, token_id: int) -> str:
         return self.decode([token_id])
+
+    def token_piece(self, token_id: int) -> str:
+        return self.token_text(token_id)
 
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id])

@@ -87,6 +87,11 @@ class Frontend:
     def is_ready(self) -> bool:
         return self.status is not None and self.status.ready and not self._is_closed
 
+    @property
+    def num_live(self) -> int:
+        """Requests that have not ended."""
+        return len(self._live)
+
     def limits(self) -> Limits:
         """Raises `RequestError` (503) while the cluster cannot take requests."""
         if self._is_closed:

@@ -8,7 +8,7 @@ from starlette.types import Receive, Scope, Send
 
 from flowkv.errors import RequestError
 from flowkv.server.choice import Delta
-from flowkv.server.response import DONE, Collected, ResponseFormat, Usage, error_event
+from flowkv.server.response import Collected, ResponseFormat, Usage
 from flowkv.server.stream import RequestStream
 from flowkv.types import FinishReason
 
@@ -35,14 +35,12 @@ class GenerationResponse:
         num_choices: int,
         *,
         streamed: bool,
-        with_usage: bool,
     ) -> None:
         self._stream = stream
         self._shape = shape
         self._usage = usage
         self._num_choices = num_choices
         self._streamed = streamed
-        self._with_usage = with_usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watch = asyncio.create_task(self._watch(receive))
@@ -64,7 +62,7 @@ class GenerationResponse:
         await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
         async for event in self._events(deltas):
             await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": self._ending(), "more_body": False})
+        await send({"type": "http.response.body", "body": self._shape.ending(self._usage), "more_body": False})
 
     async def _events(self, deltas: list[Delta]) -> AsyncIterator[bytes]:
         yield self._show(deltas)
@@ -72,20 +70,20 @@ class GenerationResponse:
             async for following in self._stream:
                 yield self._show(following)
         except RequestError as error:
-            yield error_event(error)
+            yield self._shape.failure(error)
 
     def _show(self, deltas: list[Delta]) -> bytes:
-        self._count(deltas)
-        return b"".join([self._shape.events(delta) for delta in deltas])
+        return b"".join([self._show_one(delta) for delta in deltas])
 
-    def _ending(self) -> bytes:
-        return (self._shape.usage_event(self._usage) if self._with_usage else b"") + DONE
+    def _show_one(self, delta: Delta) -> bytes:
+        self._usage.count(delta)
+        return self._shape.events(delta, self._usage)
 
     async def _send_whole(self, send: Send) -> None:
         choices = [Collected() for _ in range(self._num_choices)]
         async for deltas in self._stream:
-            self._count(deltas)
             for delta in deltas:
+                self._usage.count(delta)
                 choices[delta.choice].add(delta)
         reasons = {choice.finish_reason for choice in choices}
         if None in reasons:
@@ -96,8 +94,3 @@ class GenerationResponse:
         headers = [*JSON_HEADERS, (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
-
-    def _count(self, deltas: list[Delta]) -> None:
-        for delta in deltas:
-            self._usage.completion_tokens += len(delta.token_ids)
-        self._usage.total_tokens = self._usage.prompt_tokens + self._usage.completion_tokens

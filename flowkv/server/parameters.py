@@ -4,7 +4,7 @@ import secrets
 from dataclasses import dataclass
 
 from flowkv.errors import RequestError
-from flowkv.server.protocol import ChatBody, CompletionBody
+from flowkv.server.protocol import GenerationBody
 from flowkv.types import ModelInfo, Request, SamplingParams
 
 
@@ -39,16 +39,15 @@ class Limits:
 
 
 def build_request(
-    request_id: str, body: CompletionBody | ChatBody, prompt_ids: list[int], limits: Limits, eos_ids: frozenset[int]
+    request_id: str, body: GenerationBody, prompt_ids: list[int], limits: Limits, eos_ids: frozenset[int]
 ) -> Request:
     """Raises `RequestError` (400) naming the limit or the field that is broken."""
-    prompt_name = "messages" if isinstance(body, ChatBody) else "prompt"
     if not prompt_ids:
-        raise RequestError(f"{prompt_name} gives no token at all", param=prompt_name, code="empty_prompt")
-    limits.check_ids(prompt_name, prompt_ids)
+        raise RequestError(f"{body.prompt_field} gives no token at all", param=body.prompt_field, code="empty_prompt")
+    limits.check_ids(body.prompt_field, prompt_ids)
     limits.check_ids("stop_token_ids", body.stop_token_ids or [])
-    max_tokens = _wanted_tokens(body)
-    limits.check_length(prompt_name, len(prompt_ids), 1 if max_tokens is None else max_tokens)
+    max_tokens = body.wanted_tokens
+    limits.check_length(body.prompt_field, len(prompt_ids), 1 if max_tokens is None else max_tokens)
     if max_tokens is None:
         max_tokens = limits.max_request_tokens - len(prompt_ids)
     if (body.min_tokens or 0) > max_tokens:
@@ -62,17 +61,8 @@ def build_request(
     )
 
 
-def _wanted_tokens(body: CompletionBody | ChatBody) -> int | None:
-    if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
-        return body.max_completion_tokens
-    return body.max_tokens
-
-
-def _sampling(
-    body: CompletionBody | ChatBody, max_tokens: int, vocab_size: int, eos_ids: frozenset[int]
-) -> SamplingParams:
+def _sampling(body: GenerationBody, max_tokens: int, vocab_size: int, eos_ids: frozenset[int]) -> SamplingParams:
     stop_ids = frozenset(body.stop_token_ids or ())
-    logprobs = _num_logprobs(body)
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=body.min_tokens or 0,
@@ -86,15 +76,9 @@ def _sampling(
         presence_penalty=_or(body.presence_penalty, 0.0),
         frequency_penalty=_or(body.frequency_penalty, 0.0),
         stop_token_ids=stop_ids if body.ignore_eos else stop_ids | eos_ids,
-        logprobs=logprobs,
-        prompt_logprobs=logprobs if isinstance(body, CompletionBody) and body.echo else None,
+        logprobs=body.num_logprobs,
+        prompt_logprobs=body.num_prompt_logprobs,
     )
-
-
-def _num_logprobs(body: CompletionBody | ChatBody) -> int | None:
-    if isinstance(body, CompletionBody):
-        return body.logprobs
-    return (body.top_logprobs or 0) if body.logprobs else None
 
 
 def _or(value: float | None, default: float) -> float:

@@ -21,8 +21,8 @@ class Tokenizer(Protocol):
     @property
     def eos_token_ids(self) -> frozenset[int]: ...
 
-    def encode(self, text: str) -> list[int]:
-        """A plain prompt, with the special tokens that the model expects around it."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """A plain prompt, with the special tokens that the model expects around it unless they are not wanted."""
         ...
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
@@ -35,6 +35,10 @@ class Tokenizer(Protocol):
 
     def token_text(self, token_id: int) -> str:
         """One token as it would read in the middle of a text."""
+        ...
+
+    def token_piece(self, token_id: int) -> str:
+        """The token's entry in the vocabulary; empty for an id that has none."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -57,8 +61,8 @@ class ModelTokenizer:
         self.eos_token_ids = self._find_eos_ids(folder, config)
         self.token_text = lru_cache(maxsize=65536)(self._token_text)
 
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text).ids
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         if self._template is None:
@@ -71,6 +75,9 @@ class ModelTokenizer:
 
     def detokenizer(self, *, skip_special_tokens: bool) -> WindowDetokenizer:
         return WindowDetokenizer(self.decode, self._special_ids if skip_special_tokens else frozenset())
+
+    def token_piece(self, token_id: int) -> str:
+        return self._tokenizer.id_to_token(token_id) or ""
 
     def token_bytes(self, token_id: int) -> bytes:
         return token_bytes(self.token_text(token_id), self._tokenizer.id_to_token(token_id))

@@ -22,6 +22,15 @@ def post(served: Served, route: str, **fields: Any) -> httpx.Response:
     return served.client.post(route, json={**ROUTES[route], **fields})
 
 
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+
+
 def events(response: httpx.Response) -> list[dict[str, Any]]:
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -49,7 +58,7 @@ def test_whole_completion(served: Served) -> None:
     assert body["choices"] == [
         {"index": 0, "text": "hello", "logprobs": None, "finish_reason": "length", "stop_reason": None}
     ]
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    assert body["usage"] == usage(3, 5)
     assert served.cluster.requests[0].prompt_ids == list(b"abc")
 
 
@@ -76,12 +85,47 @@ def test_streamed_chat_with_usage(served: Served) -> None:
     chunks = events(post(served, "/v1/chat/completions", stream=True, stream_options={"include_usage": True}))
     *others, last = chunks
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 25}
+    assert last["usage"] == usage(20, 5)
     assert all(chunk["usage"] is None for chunk in others)
     assert others[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in others) == "hello"
     assert others[-1]["choices"][0]["finish_reason"] == "length"
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+
+
+@both_routes
+def test_usage_so_far_in_every_chunk(served: Served, route: str) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = events(post(served, route, stream=True, stream_options=options))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks if chunk["choices"]]
+    assert counts == sorted(counts)
+    assert set(counts) >= {1, 2, 3, 4, 5}
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["completion_tokens"] == 5
+
+
+def test_token_ids_of_a_completion(served: Served) -> None:
+    fields = {"prompt": ["ab", "c"], "return_token_ids": True, "max_tokens": 2}
+    choices = post(served, "/v1/completions", **fields).json()["choices"]
+    assert [(choice["prompt_token_ids"], choice["token_ids"]) for choice in choices] == [
+        (list(b"ab"), list(b"he")),
+        (list(b"c"), list(b"he")),
+    ]
+    chunks = events(post(served, "/v1/completions", stream=True, **fields))
+    second = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == 1]
+    assert [choice.get("prompt_token_ids") for choice in second] == [list(b"c"), None]
+    assert [choice["token_ids"] for choice in second] == [[ord("h")], [ord("e")]]
+
+
+def test_token_ids_of_a_chat(served: Served) -> None:
+    prompt_ids = list(b"user: hi\nassistant: ")
+    body = post(served, "/v1/chat/completions", return_token_ids=True).json()
+    assert body["prompt_token_ids"] == prompt_ids
+    assert body["choices"][0]["token_ids"] == list(b"hello")
+    first, *others = events(post(served, "/v1/chat/completions", return_token_ids=True, stream=True))
+    assert first["prompt_token_ids"] == prompt_ids
+    assert not any("prompt_token_ids" in chunk for chunk in others)
+    assert [token_id for chunk in others for token_id in chunk["choices"][0]["token_ids"]] == list(b"hello")
 
 
 def test_several_prompts_are_numbered_across(served: Served) -> None:
@@ -93,7 +137,7 @@ def test_several_prompts_are_numbered_across(served: Served) -> None:
         (2, "cd0"),
         (3, "cd1"),
     ]
-    assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": 12, "total_tokens": 16}
+    assert body["usage"] == usage(4, 12)
 
 
 @both_routes
@@ -290,7 +334,7 @@ def test_unknown_routes_and_methods(served: Served) -> None:
 
 
 def test_a_bug_is_an_answer_too(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowkv.server.app.build_request", lambda *_: 1 / 0)
+    monkeypatch.setattr("flowkv.server.text_service.build_request", lambda *_: 1 / 0)
     # A connection of its own: the server closes it after the traceback.
     response = httpx.post(f"{served.url}/v1/completions", json={"prompt": "hi"})
     assert error_of(response, 500)["code"] == "internal_error"
@@ -349,6 +393,21 @@ def test_models(served: Served) -> None:
     assert (card["id"], card["object"], card["max_model_len"]) == ("toy", "model", CONTEXT_TOKENS)
     assert served.client.get("/v1/models/toy").json() == card
     error_of(served.client.get("/v1/models/other/one"), 404)
+
+
+def test_load(served: Served) -> None:
+    load = served.client.get("/load").json()
+    assert (load["num_running"], load["num_waiting"], load["num_blocks"]) == (0, 0, 64)
+    assert (load["used_blocks"], load["kv_used_fraction"]) == (0, 0.0)
+    served.cluster.answer = lambda request: outputs(request, [65, 66])[:1]
+    with served.client.stream("POST", "/v1/completions", json={"prompt": "hi", "stream": True}):
+        assert served.client.get("/load").json()["server_load"] == load["server_load"] + 1
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/images/generations", "/v1/audio/speech", "/rerank"])
+def test_what_this_server_does_not_have(served: Served, path: str) -> None:
+    error = error_of(served.client.post(path, json={"model": "toy", "input": "hi"}), 400)
+    assert (error["type"], error["code"]) == ("invalid_request_error", "unsupported")
 
 
 def test_version(served: Served) -> None:

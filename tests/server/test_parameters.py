@@ -4,8 +4,9 @@ from typing import Any
 import pytest
 
 from flowkv.errors import RequestError
+from flowkv.server.chat_body import decode_chat
+from flowkv.server.completion_body import decode_completion
 from flowkv.server.parameters import Limits, build_request
-from flowkv.server.protocol import decode_chat, decode_completion
 from flowkv.types import ModelInfo, Request, SamplingParams
 
 MODEL = ModelInfo(name="toy", dtype="float32", vocab_size=256, max_model_tokens=100)

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowkv.errors import RequestError
-from flowkv.server.protocol import decode_chat, decode_completion
+from flowkv.server.chat_body import decode_chat
+from flowkv.server.completion_body import decode_completion
 
 USER = [{"role": "user", "content": "hi"}]
 
@@ -60,6 +61,8 @@ BAD_FIELDS: list[tuple[str, Any]] = [
     ("stream_options", {"include_usage": True}),
     ("stream_options", []),
     ("logit_bias", {"5": 1}),
+    ("use_beam_search", True),
+    ("truncate_prompt_tokens", 5),
     ("response_format", {"type": "json_object"}),
 ]
 BAD_COMPLETION: list[tuple[str, Any]] = [
@@ -80,6 +83,7 @@ BAD_COMPLETION: list[tuple[str, Any]] = [
     ("echo", "yes"),
     ("best_of", 3),
     ("suffix", "x"),
+    ("prompt_logprobs", 1),
 ]
 BAD_CHAT: list[tuple[str, Any]] = [
     ("messages", []),

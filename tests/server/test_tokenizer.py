@@ -24,6 +24,13 @@ def test_plain_prompts_get_special_tokens_and_are_not_cut(tokenizer: ModelTokeni
     assert tokenizer.decode(tokenizer.encode("the quick brown fox")) == "<bos>the quick brown fox"
 
 
+def test_special_tokens_only_where_they_are_wanted(tokenizer: ModelTokenizer) -> None:
+    ids = tokenizer.encode("the dog", add_special_tokens=False)
+    assert tokenizer.decode(ids) == "the dog"
+    assert "".join(tokenizer.token_piece(token_id) for token_id in ids) == "theĠdog"
+    assert tokenizer.token_piece(10**6) == ""
+
+
 def test_chats_are_rendered_once_with_the_template_s_own_special_tokens(tokenizer: ModelTokenizer) -> None:
     messages = [{"role": "system", "content": " be brief "}, {"role": "user", "content": "hi"}]
     assert tokenizer.decode(tokenizer.encode_chat(messages)) == "<bos><system>be brief\n<user>hi\n<assistant>"

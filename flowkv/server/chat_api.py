@@ -1,0 +1,44 @@
+"""`POST /v1/chat/completions`."""
+
+from starlette.requests import Request
+
+from flowkv.server.chat_body import ChatBody, decode_chat
+from flowkv.server.chat_format import ChatFormat
+from flowkv.server.endpoint import Endpoint
+from flowkv.server.generation import GenerationResponse
+from flowkv.server.response import StreamUsage
+from flowkv.server.text_service import TextService
+
+
+class ChatApi:
+    def __init__(self, service: TextService) -> None:
+        self._service = service
+
+    def endpoints(self) -> list[Endpoint]:
+        return [
+            Endpoint(
+                path="/v1/chat/completions", method="POST", handler=self.chat, body=ChatBody,
+                summary="Answer a conversation, through the model's own chat template", is_streamed=True,
+            )
+        ]  # fmt: skip
+
+    async def chat(self, request: Request) -> GenerationResponse:
+        service = self._service
+        arrival_s = service.frontend.now_s()
+        body = decode_chat(await service.read(request))
+        service.check_model(body.model)
+        service.frontend.limits()
+        messages = [message.plain() for message in body.messages]
+        num_chars = sum(len(message["content"]) for message in messages)
+        prompt_ids = await service.off_loop(num_chars, lambda: service.tokenizer.encode_chat(messages))
+        head = service.head("chatcmpl-", request)
+        requests = service.requests(head, body, [prompt_ids])
+        shape = ChatFormat(
+            head,
+            StreamUsage.of(body.stream_options),
+            service.tokenizer,
+            prompt_ids,
+            logprobs=bool(body.logprobs),
+            token_ids=bool(body.return_token_ids),
+        )
+        return service.respond(body, requests, shape, arrival_s)
