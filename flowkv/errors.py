@@ -6,6 +6,7 @@
     |-- PoolError        the KV pool cannot be made or mapped
     |-- ProtocolError    a message that cannot be decoded, or that its receiver must never get
     |-- TransferError    bytes could not be moved to a peer
+    |-- GrammarError     a grammar or schema that an output is to follow cannot be compiled
     |-- WorkloadError    a trace is broken, or what was asked of a workload cannot be; names file and line
     `-- RequestError     a client's request is refused; carries the HTTP status and the OpenAI error fields
 
@@ -35,6 +36,10 @@ class ProtocolError(FlowKVError):
 
 
 class TransferError(FlowKVError):
+    pass
+
+
+class GrammarError(FlowKVError):
     pass
 
 

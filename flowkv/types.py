@@ -33,13 +33,32 @@ class FinishReason(StrEnum):
     ERROR = "error"  # the instance that held the request failed
 
 
+class GrammarKind(StrEnum):
+    """What the text of a `Grammar` is."""
+
+    JSON_OBJECT = "json_object"  # any JSON object; no text
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"  # a JSON list of strings, one of which is the answer
+    GRAMMAR = "grammar"  # Lark's syntax, or GBNF
+
+
+class Grammar(msgspec.Struct, frozen=True, kw_only=True):
+    """What an output must be. Each instance compiles it from this text and finds its state from the output's ids."""
+
+    kind: GrammarKind
+    text: str = ""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How tokens are drawn, fully resolved: the frontend has filled in every default, the seed included.
 
     `stop_token_ids` already holds the model's end-of-sequence ids unless the client asked to ignore them;
     they are masked until `min_tokens` tokens are out. `top_k` 0 means all. `temperature` 0 means greedy.
     `logprobs` is the number of alternatives wanted beside the drawn token (0: the drawn token alone,
-    None: nothing); `prompt_logprobs` the same for every prompt token but the first.
+    None: nothing); `prompt_logprobs` the same for every prompt token but the first. `logit_bias` says by
+    token id what is added to its logit. With a `grammar`, `stop_token_ids` holds the vocabulary's `end_ids` too: they
+    may be drawn where the grammar is complete, even before `min_tokens` where nothing else may.
     """
 
     max_tokens: int
@@ -56,6 +75,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] = {}
+    grammar: Grammar | None = None
 
     @property
     def is_greedy(self) -> bool:

@@ -1,5 +1,6 @@
 """The tokenizer of toy serving: no model, a token is a byte of UTF-8."""
 
+from flowkv.grammar.vocabulary import Vocabulary
 from flowkv.server.detokenizer import ByteDetokenizer
 
 
@@ -27,3 +28,6 @@ class ByteTokenizer:
 
     def detokenizer(self, *, skip_special_tokens: bool) -> ByteDetokenizer:
         return ByteDetokenizer()
+
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary.of_bytes()

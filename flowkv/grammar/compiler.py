@@ -1,0 +1,67 @@
+"""From the text of a grammar to a matcher, within bounds: a text from a stranger costs little, whatever it says."""
+
+from typing import TYPE_CHECKING
+
+import msgspec
+from llguidance import LLMatcher, LLParserLimits, grammar_from
+
+from flowkv.errors import GrammarError
+from flowkv.grammar.vocabulary import Vocabulary
+from flowkv.types import Grammar, GrammarKind
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+MAX_TEXT_BYTES = 64 * 1024
+MAX_MESSAGE_CHARS = 400
+_ANY_OBJECT = '{"type":"object"}'
+# Without an end to it, a model that likes white space goes on with it until max_tokens.
+_JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
+
+
+def limits() -> LLParserLimits:
+    """Of one grammar: a quarter of a second to compile it, and some 20 MB."""
+    return LLParserLimits(initial_lexer_fuel=250_000, max_lexer_states=20_000, verbose_errors=False)
+
+
+def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> LLMatcher:
+    """Before its first token. Raises `GrammarError` with the compiler's own words."""
+    if len(grammar.text.encode()) > MAX_TEXT_BYTES:
+        raise GrammarError(f"it is longer than {MAX_TEXT_BYTES} bytes")
+    matcher = LLMatcher(vocabulary.tokens, _source(grammar), log_level=0, limits=limits())
+    if matcher.is_error():
+        raise GrammarError(_one_line(matcher.get_error()))
+    return matcher
+
+
+def _source(grammar: Grammar) -> str:
+    """In llguidance's own form."""
+    try:
+        match grammar.kind:
+            case GrammarKind.JSON_OBJECT:
+                return LLMatcher.grammar_from_json_schema(_ANY_OBJECT, _JSON_OPTIONS)
+            case GrammarKind.JSON_SCHEMA:
+                return LLMatcher.grammar_from_json_schema(grammar.text, _JSON_OPTIONS)
+            case GrammarKind.CHOICE:
+                return grammar_from("choice", _choices(grammar.text))
+            case GrammarKind.REGEX:
+                return LLMatcher.grammar_from_regex(grammar.text)
+            case GrammarKind.GRAMMAR:
+                return grammar_from("grammar", grammar.text)
+    except ValueError as error:
+        raise GrammarError(_one_line(str(error))) from error
+
+
+def _choices(text: str) -> str:
+    try:
+        choices = msgspec.json.decode(text, type=list[str])
+    except msgspec.DecodeError as error:
+        raise GrammarError("choices are a list of strings") from error
+    if not choices:
+        raise GrammarError("choices are a list of strings, one at least")
+    return text
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_MESSAGE_CHARS else line[:MAX_MESSAGE_CHARS] + " ..."
