@@ -7,7 +7,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import msgspec
 from rich import box
@@ -18,33 +17,13 @@ from rich.text import Text
 
 from flowkv.errors import ConfigError
 from flowkv.server.cluster_view import ClusterView
+from flowkv.server.rates import Rates
 from flowkv.types import InstanceStatus, Regime
 
 _TIMEOUT_S = 5.0
 _STALE_S = 3.0  # the controller speaks four times a second
 _FULL_WIDTH = 100  # a narrower terminal gets fewer columns
 _REGIME_STYLES = {Regime.NORMAL: "green", Regime.UNDERLOADED: "cyan", Regime.IMBALANCED: "yellow"}
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """What one instance did between two looks."""
-
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-    moved_bytes_per_s: float
-    step_s: float | None  # None: it made no step
-
-    @classmethod
-    def between(cls, before: InstanceStatus, after: InstanceStatus, elapsed_s: float) -> "Rates":
-        old, new = before.counters, after.counters
-        num_steps = new.num_steps - old.num_steps
-        return cls(
-            (new.prefill_tokens - old.prefill_tokens) / elapsed_s,
-            (new.decode_tokens - old.decode_tokens) / elapsed_s,
-            (new.transfer_bytes - old.transfer_bytes) / elapsed_s,
-            (new.step_seconds - old.step_seconds) / num_steps if num_steps else None,
-        )
 
 
 _COLUMNS: dict[str, Callable[[InstanceStatus, Rates | None], str]] = {

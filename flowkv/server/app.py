@@ -12,10 +12,10 @@ from starlette.types import ASGIApp
 
 from flowkv.config import ServerConfig
 from flowkv.errors import RequestError
-from flowkv.metrics import FrontendMetrics
 from flowkv.server import unsupported
 from flowkv.server.chat_api import ChatApi
 from flowkv.server.completions_api import CompletionsApi
+from flowkv.server.dashboard import Dashboard
 from flowkv.server.endpoint import Endpoint
 from flowkv.server.frontend import Frontend
 from flowkv.server.request_id import RequestIds
@@ -33,19 +33,20 @@ def create_app(frontend: Frontend, model_name: str, config: ServerConfig) -> ASG
         *ChatApi(service).endpoints(),
         *TokensApi(service).endpoints(),
         *StatusApi(service).endpoints(),
+        *Dashboard(service).endpoints(),
     ]
     routes = [
         *(endpoint.route() for endpoint in endpoints),
         *unsupported.routes(),
     ]
-    return RequestIds(Starlette(routes=routes, exception_handlers=ErrorAnswers(frontend.metrics).handlers()))
+    return RequestIds(Starlette(routes=routes, exception_handlers=ErrorAnswers(frontend.count_refused).handlers()))
 
 
 class ErrorAnswers:
     """Every failure in OpenAI's shape."""
 
-    def __init__(self, metrics: FrontendMetrics) -> None:
-        self._metrics = metrics
+    def __init__(self, count_refused: Callable[[int], None]) -> None:
+        self._count_refused = count_refused
 
     def handlers(self) -> dict[Any, Callable[..., Any]]:
         return {
@@ -56,7 +57,7 @@ class ErrorAnswers:
         }
 
     async def on_request_error(self, request: Request, error: RequestError) -> Response:
-        self._metrics.count_refused(error.status)
+        self._count_refused(error.status)
         return Response(error_body(error), error.status, _retry_headers(error), "application/json")
 
     async def on_http_error(self, request: Request, error: HTTPException) -> Response:

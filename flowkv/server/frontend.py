@@ -4,6 +4,7 @@ No HTTP in here. Everything runs on one event loop, so no state needs a lock.
 """
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,10 +23,12 @@ from flowkv.messages import (
 from flowkv.metrics import FrontendMetrics
 from flowkv.server.choice import Choice, Delta
 from flowkv.server.cluster_view import ClusterView
+from flowkv.server.history import History
 from flowkv.server.parameters import Limits
 from flowkv.server.stop_strings import StopStrings
 from flowkv.server.stream import RequestStream
 from flowkv.server.tokenizer import Tokenizer
+from flowkv.server.watch import ClusterWatch
 from flowkv.types import FinishReason, Output, Request
 from flowkv.wire import AsyncMailbox, Outbox
 
@@ -73,6 +76,9 @@ class Frontend:
         self.status: ClusterStatus | None = None
         self.metrics = FrontendMetrics(lambda: self.status)
         self.now_s = clock
+        self.epoch = secrets.token_hex(8)  # of this process
+        self.history = History(clock())
+        self.watch = ClusterWatch()
         self._status_s = clock()
         self._name = name
         self._mailbox = mailbox
@@ -91,6 +97,11 @@ class Frontend:
     def num_live(self) -> int:
         """Requests that have not ended."""
         return len(self._live)
+
+    def count_refused(self, status: int) -> None:
+        """A body that was answered with an error."""
+        self.metrics.count_refused(status)
+        self.history.refused(self.now_s())
 
     def limits(self) -> Limits:
         """Raises `RequestError` (503) while the cluster cannot take requests."""
@@ -127,6 +138,7 @@ class Frontend:
             self._live[request.request_id] = LiveRequest(request, stream, choices, arrival_s)
             self.metrics.num_requests.inc()
             self.metrics.prompt_tokens.inc(len(request.prompt_ids))
+            self.history.submitted(arrival_s, len(request.prompt_ids))
             self._send(Submit(self._name, request))
         return stream
 
@@ -189,6 +201,8 @@ class Frontend:
 
     def _on_status(self, status: ClusterStatus) -> None:
         self.status, self._status_s = status, self.now_s()
+        self.watch.observe(self._status_s, status)
+        self.history.holds(self._status_s, self.watch.held())
         if status.ready and self._on_ready is not None:
             self._on_ready()
             self._on_ready = None
@@ -205,6 +219,7 @@ class Frontend:
             for choice in live.choices:
                 if choice.finish_reason is None:
                     self.metrics.count_finished(FinishReason.ERROR)
+            self.history.ended(self.now_s(), failed=True)
         self._fail(live, error)
 
     def _fail(self, live: LiveRequest, error: RequestError) -> None:
@@ -248,6 +263,7 @@ class Frontend:
         if live.is_finished:
             del self._live[request_id]
             self.metrics.e2e_s.observe(now_s - live.arrival_s)
+            self.history.ended(now_s, failed=delta.finish_reason is FinishReason.ERROR)
         if delta.finish_reason is FinishReason.ERROR:
             reason = delta.error or "the instance that held the request failed"
             self._fail(live, RequestError(reason, status=500, code="instance_failed"))
@@ -261,11 +277,14 @@ class Frontend:
         if live.first_token_s is None:
             live.first_token_s = now_s
             self.metrics.ttft_s.observe(now_s - live.arrival_s)
+            self.history.first_token(now_s, now_s - live.arrival_s)
         last_s = live.last_token_s.get(delta.choice)
         live.last_token_s[delta.choice] = now_s
-        if last_s is not None:
+        gap_s = None if last_s is None else (now_s - last_s) / len(delta.token_ids)
+        self.history.tokens(now_s, len(delta.token_ids), gap_s)
+        if gap_s is not None:
             for _ in delta.token_ids:
-                self.metrics.itl_s.observe((now_s - last_s) / len(delta.token_ids))
+                self.metrics.itl_s.observe(gap_s)
 
     def _choice(self, number: int, request: Request, options: TextOptions) -> Choice:
         detokenizer = self.tokenizer.detokenizer(skip_special_tokens=options.skip_special_tokens)

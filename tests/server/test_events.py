@@ -1,0 +1,79 @@
+from typing import Any
+
+import msgspec
+
+from flowkv.messages import ClusterStatus
+from flowkv.server.events import MAX_EVENTS, EventKind, EventLog
+from flowkv.types import InstanceCounters, InstanceLoad, InstanceStatus, Regime, Role
+
+
+def instance(name: str, role: Role = Role.DECODE, **changed: Any) -> InstanceStatus:
+    status = InstanceStatus(
+        name=name, role=role, num_blocks=8, block_size=16, load=InstanceLoad(), counters=InstanceCounters()
+    )
+    return msgspec.structs.replace(status, **changed)
+
+
+def cluster(*instances: InstanceStatus, ready: bool = True, regime: Regime = Regime.NORMAL) -> ClusterStatus:
+    return ClusterStatus(ready, None, 100, list(instances), regime)
+
+
+def events(*statuses: ClusterStatus) -> list[tuple[EventKind, str]]:
+    """What the last of them brought."""
+    log = EventLog()
+    for now_s, status in enumerate(statuses):
+        log.observe(float(now_s), status)
+    return [(event.kind, event.instance) for event in log.events if event.time_s == len(statuses) - 1]
+
+
+def test_the_first_status_introduces_everybody() -> None:
+    assert events(cluster(instance("p0"), instance("d0"))) == [
+        (EventKind.JOINED, "p0"), (EventKind.JOINED, "d0"), (EventKind.READY, ""),
+    ]  # fmt: skip
+
+
+def test_the_same_again_is_no_event() -> None:
+    assert events(cluster(instance("d0")), cluster(instance("d0"))) == []
+
+
+def test_a_death_and_a_restart() -> None:
+    before, after = cluster(instance("d0")), cluster(instance("d0~1"))
+    assert events(before, after) == [(EventKind.GONE, "d0"), (EventKind.RESTARTED, "d0~1")]
+    log = EventLog()
+    log.observe(0.0, after)
+    assert log.events[0].detail == "restart 1 of d0"
+
+
+def test_one_that_was_drained_is_retired() -> None:
+    draining = cluster(instance("d0", is_draining=True), instance("d1"))
+    assert events(cluster(instance("d0"), instance("d1")), draining) == [(EventKind.DRAINING, "d0")]
+    assert events(draining, cluster(instance("d1"))) == [(EventKind.RETIRED, "d0")]
+
+
+def test_a_flip_has_both_roles() -> None:
+    log = EventLog()
+    log.observe(0.0, cluster(instance("d0", Role.DECODE)))
+    log.observe(1.0, cluster(instance("d0", Role.MIXED)))
+    flip = log.events[-1]
+    assert (flip.kind, flip.instance, flip.was, flip.role) == (EventKind.FLIP, "d0", Role.DECODE, Role.MIXED)
+
+
+def test_stalled_and_heard_again() -> None:
+    well, silent = cluster(instance("d0")), cluster(instance("d0", is_stalled=True))
+    assert events(well, silent) == [(EventKind.STALLED, "d0")]
+    assert events(silent, well) == [(EventKind.AWAKE, "d0")]
+
+
+def test_the_cluster_itself() -> None:
+    assert events(cluster(), cluster(ready=False)) == [(EventKind.NOT_READY, "")]
+    assert events(cluster(ready=False), cluster()) == [(EventKind.READY, "")]
+    assert events(cluster(), cluster(regime=Regime.OVERLOADED)) == [(EventKind.REGIME, "")]
+
+
+def test_old_events_are_forgotten() -> None:
+    log = EventLog()
+    for number in range(MAX_EVENTS):
+        log.observe(float(number), cluster(instance("d0", is_stalled=bool(number % 2))))
+    assert len(log.events) == MAX_EVENTS
+    log.observe(1e9, cluster())
+    assert len(log.events) == MAX_EVENTS and log.events[-1].kind is EventKind.GONE
