@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what asks the launcher to stop
 
 _AFTER_FINALIZER_S = 0.001
+_LAST_S = 10.0  # to end in order, after the launcher's end
 
 
 def child_main(name: str, orphaned_folders: list[str], target: Callable[..., object], args: tuple[Any, ...]) -> None:
@@ -24,14 +26,14 @@ def child_main(name: str, orphaned_folders: list[str], target: Callable[..., obj
     to be stopped, or its end could be seen before its reason is read.
 
     Ctrl-C and a closed terminal reach the whole process group; only the launcher heeds them, and sends SIGTERM.
-    `orphaned_folders` are removed at the end if the launcher is dead by then.
+    `orphaned_folders` are removed at the end if the launcher is dead by then; who has none ends at once.
     """
     _exit_on_sigterm()
     for number in set(STOP_SIGNALS) - {signal.SIGTERM}:  # which is never ignored: it may be here already
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the launcher had blocked them for this moment
     Path("/proc/self/comm").write_text(name)  # the kernel keeps 15 characters of it
-    _die_with_launcher(signal.SIGTERM if orphaned_folders else signal.SIGKILL)
+    _die_with_launcher(is_at_once=not orphaned_folders)
     logging.basicConfig(level=logging.WARNING, format="flowkv: %(message)s", stream=sys.stderr)
     try:
         status = target(*args)
@@ -81,12 +83,15 @@ def _launcher() -> BaseProcess:
     return parent
 
 
-def _die_with_launcher(signum: int) -> None:
-    """Signal this process when the launcher is gone. (A parent-death signal would watch the fork server instead, which
+def _die_with_launcher(is_at_once: bool) -> None:
+    """End this process when the launcher is gone. (A parent-death signal would watch the fork server instead, which
     lives as long as any child of its does.)"""
 
     def watch() -> None:
         _launcher().join()
-        os.kill(os.getpid(), signum)
+        if not is_at_once:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(_LAST_S)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="flowkv-launcher-watch", daemon=True).start()

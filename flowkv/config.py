@@ -181,6 +181,19 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             raise ValueError(f"network.node_timeout_s is a number of seconds from 2 to 3600, not {self.node_timeout_s}")
 
 
+class RestartConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What becomes of a process that ends by itself: `launch.backoff` has the rule."""
+
+    max_failures: int = 8  # in a row without progress, before it stays down; 0: none is started again
+    max_delay_s: float = 30.0  # before the next one is started
+
+    def __post_init__(self) -> None:
+        if self.max_failures < 0:
+            raise ValueError("restart.max_failures is a number of failures, or 0 to start nothing again")
+        if not 0 <= self.max_delay_s <= 3600:
+            raise ValueError(f"restart.max_delay_s is a number of seconds up to 3600, not {self.max_delay_s}")
+
+
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A cluster: what all of its instances share, and the instances on the node of its controller.
 
@@ -200,6 +213,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     server: ServerConfig = msgspec.field(default_factory=ServerConfig)
     transfer: TransferConfig = msgspec.field(default_factory=TransferConfig)
     network: NetworkConfig = msgspec.field(default_factory=NetworkConfig)
+    restart: RestartConfig = msgspec.field(default_factory=RestartConfig)
     slo: SloConfig = msgspec.field(default_factory=SloConfig)
     scheduling: SchedulingConfig = msgspec.field(default_factory=SchedulingConfig)
     simulate: SimulateConfig = msgspec.field(default_factory=SimulateConfig)

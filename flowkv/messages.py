@@ -33,6 +33,14 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
 # --- to the controller ---------------------------------------------------------------------------------------------
 
 
+class FrontendExited(Message):
+    """A frontend's process is gone: nobody reads its requests any more. From the launcher; the controller tells every
+    instance, when it has aborted them, with the `address` of the mailbox that is no more."""
+
+    frontend: str
+    address: str = ""
+
+
 class FrontendHello(Message):
     """A frontend is listening at `address`; answered by `ClusterStatus`, now and whenever it changes."""
 
@@ -128,10 +136,12 @@ class Join(Message):
     place: str
     address: str  # mailbox of the launcher
     version: str  # of FlowKV
+    node: str = ""  # the name that an earlier controller of the cluster gave it
 
 
 class NodeBeat(Message):
-    """A joined node lives; answered by `ControllerBeat`, or by `Dismissed` where it does not belong."""
+    """A joined node lives; answered by `ControllerBeat`, by `Introduce` from a controller that is new, or by
+    `Dismissed` where it does not belong."""
 
     launcher: str
     address: str
@@ -178,6 +188,11 @@ class RegistrationRefused(Message):
     """The instance does not belong here, and why, in one line for the user."""
 
     reason: str
+
+
+class Introduce(Message):
+    """The controller was started again and does not know the receiver: it is to register once more, or, being the
+    launcher of a node, to join."""
 
 
 class PeerUp(Message):
@@ -360,6 +375,12 @@ class Note(Message):
     text: str
 
 
+class Working(Message):
+    """An instance has computed its first step for a request."""
+
+    process: str
+
+
 class StartInstance(Message):
     """The controller wants one instance more, of this role. It registers like any other."""
 
@@ -400,7 +421,8 @@ class Dismissed(Message):
 
 
 AnyMessage = (
-    FrontendHello
+    FrontendExited
+    | FrontendHello
     | Submit
     | Abort
     | PeerInfo
@@ -416,6 +438,7 @@ AnyMessage = (
     | Drain
     | Registered
     | RegistrationRefused
+    | Introduce
     | PeerUp
     | PeerDown
     | Reserve
@@ -436,6 +459,7 @@ AnyMessage = (
     | Serving
     | StartFailed
     | Note
+    | Working
     | StartInstance
     | StopInstance
     | Welcome

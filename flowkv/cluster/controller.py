@@ -21,6 +21,7 @@ from flowkv.messages import (
     ClusterStatus,
     Dispatch,
     Drain,
+    FrontendExited,
     FrontendHello,
     InstanceExited,
     LoadReport,
@@ -113,11 +114,15 @@ class Controller:
                 self._on_load_report(message, now_s)
             case Register():
                 self._on_register(message)
+            case FrontendHello() if message.frontend in self._dead:
+                pass  # the news of its end came first
             case FrontendHello():
                 self._frontends[message.frontend] = message.address
                 self._send(message.address, self._status())
             case InstanceExited():
                 self._on_exited(message)
+            case FrontendExited():
+                self._on_frontend_exited(message)
             case _:
                 raise ProtocolError(f"a controller does not take a {type(message).__name__}")
 
@@ -232,6 +237,18 @@ class Controller:
         for name in assignment.instances if assignment else list(self._views):
             if name in self._views:
                 self._send(self._views[name].peer.address, message)
+
+    def _on_frontend_exited(self, message: FrontendExited) -> None:
+        """Its requests end everywhere."""
+        self._dead.add(message.frontend)
+        for request_id in [r for r, a in self._assignments.items() if a.frontend == message.frontend]:
+            self._on_abort(Abort(request_id))
+            self._settle(request_id)
+        if (address := self._frontends.pop(message.frontend, None)) is None:
+            return
+        self.gone_addresses.append(address)
+        for view in self._views.values():
+            self._send(view.peer.address, FrontendExited(message.frontend, address))
 
     # --- instances -------------------------------------------------------------------------------------------------
 

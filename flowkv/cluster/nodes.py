@@ -9,6 +9,7 @@ from flowkv.messages import (
     ControllerBeat,
     Dismissed,
     InstanceExited,
+    Introduce,
     Join,
     Leave,
     Message,
@@ -18,6 +19,7 @@ from flowkv.messages import (
 )
 
 NODE_SEPARATOR = "@"  # instance@node; the controller's own node has no name
+_UNKNOWN = "the cluster does not know this node any more"
 
 
 @dataclass(slots=True)
@@ -37,11 +39,14 @@ class Nodes:
     launcher holds its place.
     """
 
-    def __init__(self, epoch: str, config: ClusterConfig, model_name: str) -> None:
+    def __init__(self, epoch: str, config: ClusterConfig, model_name: str, generation: int = 0) -> None:
+        """`generation` is how many controllers the cluster had before, whose nodes may still be there."""
         self._epoch = epoch
+        self._generation = generation
         self._config = config
         self._model_name = model_name
         self._nodes: dict[str, _Node] = {}  # by launcher
+        self._gone: set[str] = set()  # names of those that have left, or are dead
         self._num_joined = 0
         self._out: list[tuple[str, Message]] = []
         self._exits: list[InstanceExited] = []
@@ -65,11 +70,15 @@ class Nodes:
         """Why an instance cannot be taken: its node is not there, or has gone before this came."""
         if (name := node_name(message.peer.instance)) is None:
             return None
-        node = next((node for node in self._nodes.values() if node.name == name), None)
-        if node is None:
+        if (node := self._named(name)) is None:
             return f"its node {name} is not part of this cluster"
         node.instances.add(message.peer.instance)
         return None
+
+    def is_awaited(self, message: Register) -> bool:
+        """Whether its node may only not have introduced itself yet to this controller, which is not the first."""
+        name = node_name(message.peer.instance)
+        return name is not None and self._named(name) is None and name not in self._gone and self._generation > 0
 
     def launcher_address(self, instance: str) -> str | None:
         """Of the node that runs it; None if that is the controller's own, or has gone."""
@@ -111,6 +120,9 @@ class Nodes:
             self._send(message.address, Dismissed(reason))
             return
         if message.launcher not in self._nodes:
+            if message.node in self._gone or self._named(message.node) is not None:
+                self._send(message.address, Dismissed(_UNKNOWN))
+                return
             self._add(message, now_s)
         name = self._nodes[message.launcher].name
         self._send(message.address, Welcome(name, self._epoch, self._config, self._model_name))
@@ -118,13 +130,23 @@ class Nodes:
     def _add(self, message: Join, now_s: float) -> None:
         for launcher in [launcher for launcher, node in self._nodes.items() if node.place == message.place]:
             self._remove(launcher, "its launcher is dead")
-        self._num_joined += 1
-        node = _Node(f"node-{self._num_joined}", message.place, message.address, now_s)
+        node = _Node(message.node or self._new_name(), message.place, message.address, now_s)
         self._nodes[message.launcher] = node
-        self._notes.append(f"{node.name} ({node.address}) has joined")
+        if not message.node:
+            self._notes.append(f"{node.name} ({node.address}) has joined")
+
+    def _new_name(self) -> str:
+        """No other controller of this cluster gives it to a node."""
+        self._num_joined += 1
+        number = f"{self._num_joined}" if self._generation == 0 else f"{self._generation}.{self._num_joined}"
+        return f"node-{number}"
+
+    def _named(self, name: str) -> _Node | None:
+        return next((node for node in self._nodes.values() if node.name == name), None)
 
     def _remove(self, launcher: str, reason: str) -> None:
         node = self._nodes.pop(launcher)
+        self._gone.add(node.name)
         self._exits.extend(InstanceExited(instance, reason) for instance in sorted(node.instances))
         self._notes.append(f"{node.name} ({node.address}) is gone")
         self.gone_addresses.append(node.address)
@@ -133,7 +155,7 @@ class Nodes:
         if message.epoch != self._epoch:
             self._send(message.address, Dismissed("the cluster was started again"))
         elif (node := self._nodes.get(message.launcher)) is None:
-            self._send(message.address, Dismissed("the cluster does not know this node any more"))
+            self._send(message.address, Introduce() if self._generation else Dismissed(_UNKNOWN))
         else:
             if node.is_silent:
                 self._notes.append(f"{node.name} ({node.address}) is back")

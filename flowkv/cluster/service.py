@@ -43,6 +43,8 @@ class ControllerSpec:
     config: ClusterConfig  # of the cluster, as joining nodes get it
     model_name: str
     key: ClusterKey | None  # None: nothing is on the network
+    generation: int = 0  # controllers that this cluster had before, whose instances and frontends live
+    running: tuple[str, ...] = ()  # then: the instances of this node
 
 
 def run_controller(spec: ControllerSpec) -> int:
@@ -78,9 +80,10 @@ class _Service:
             slo=config.slo, scheduling=config.scheduling, launcher_address=spec.launcher_address,
         )  # fmt: skip
         self._epoch = spec.epoch
-        self._awaits_own = bool(config.roles)  # an instance of this node, which has not registered yet
+        # An instance of this node, which has not registered yet: a controller before this one may have seen it.
+        self._awaits_own = bool(config.roles) and not spec.generation
         self._early: list[Register] = []
-        self._nodes = Nodes(spec.epoch, config, spec.model_name)
+        self._nodes = Nodes(spec.epoch, config, spec.model_name, spec.generation)
         self._poller = zmq.Poller()
         self._poller.register(mailbox.socket, zmq.POLLIN)
         outbox.send(spec.launcher_address, Ready(spec.name))
@@ -105,6 +108,8 @@ class _Service:
                 self._nodes.handle(message, time.monotonic())
                 for exited in self._nodes.take_exits():
                     self._on_exited(exited)
+            case Register() if self._nodes.is_awaited(message):
+                pass  # it will say it again
             case Register() if node_name(message.peer.instance) is not None and self._awaits_own:
                 self._early.append(message)  # what is served here says this node, not who is quickest
             case Register() if (reason := self._nodes.refusal(message)) is not None:

@@ -22,6 +22,7 @@ from flowkv.errors import FlowKVError, PoolError, ProtocolError, TransferError
 from flowkv.kv.layout import KvLayout
 from flowkv.kv.pool import KvPool, available_memory_bytes
 from flowkv.messages import (
+    FrontendExited,
     Message,
     Note,
     PeerInfo,
@@ -31,6 +32,7 @@ from flowkv.messages import (
     Registered,
     RegistrationRefused,
     StartFailed,
+    Working,
 )
 from flowkv.transfer.select import open_transfer
 from flowkv.types import ModelInfo, Role
@@ -127,6 +129,7 @@ class _Instance:
             spec.key is not None,
         )  # fmt: skip
         self._link_notes = LinkNotes(spec.name)
+        self._has_worked = False
         self._mailbox = Mailbox(context, spec.address, spec.key)
         self._engine = Engine(
             spec.name, spec.config.engine, pool.num_blocks, spec.role, spec.controller_address,
@@ -161,6 +164,12 @@ class _Instance:
             self._engine.on_result(result, now_s - step_began_s, now_s)
             self._carry_out()
             step_began_s = now_s
+            self._tell_progress()
+
+    def _tell_progress(self) -> None:
+        if not self._has_worked:
+            self._has_worked = True
+            self._outbox.send(self._spec.launcher_address, Working(self._spec.name))
 
     def close(self) -> None:
         self._transfer.close()
@@ -185,6 +194,8 @@ class _Instance:
     def _take_message(self, message: Message) -> None:
         name, launcher = self._spec.name, self._spec.launcher_address
         match message:
+            case FrontendExited():
+                self._outbox.drop(message.address)
             case Registered():
                 self._outbox.send(launcher, Ready(name))
             case RegistrationRefused():

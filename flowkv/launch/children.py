@@ -73,9 +73,9 @@ class Children:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return child
 
-    def start_caretaker(self, context: Any, orphaned_folders: tuple[str, ...]) -> None:
+    def start_caretaker(self, name: str, context: Any, orphaned_folders: tuple[str, ...]) -> None:
         """A process that does nothing, but remove these folders if the launcher is killed."""
-        self.start("caretaker", context, _take_care, orphaned_folders=orphaned_folders).is_ready = True
+        self.start(name, context, _take_care, orphaned_folders=orphaned_folders).is_ready = True
 
     def get(self, name: str) -> Child | None:
         """None if it has ended."""

@@ -2,32 +2,25 @@
 
 import logging
 import os
-from collections import Counter
+import time
+from collections import Counter, deque
 from dataclasses import dataclass, replace
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import Protocol
 
 from flowkv.engine.process import InstanceSpec, run_instance
 from flowkv.errors import ConfigError, FlowKVError
+from flowkv.launch.backoff import Backoff
 from flowkv.launch.children import Child, Children
+from flowkv.launch.display import Display
+from flowkv.launch.timers import Timers
 from flowkv.messages import RESTART_MARK, InstanceExited, StartFailed
 from flowkv.types import Role
 from flowkv.wire import Outbox, tcp_address
 
-_MAX_FAILED_STARTS = 3  # of one instance in a row, before the launcher gives up on it
+_MAX_EXITS = 100  # ends that are told again to a controller that has been started again
 
 _logger = logging.getLogger(__name__)
-
-
-class Display(Protocol):
-    """Where a launcher shows what its processes are doing."""
-
-    def progress(self, process: str, fraction: float, text: str) -> None: ...
-
-    def ready(self, text: str) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 @dataclass(slots=True)
@@ -36,8 +29,8 @@ class _Seat:
 
     spec: InstanceSpec
     is_added: bool  # while the cluster runs, which goes on without it
+    backoff: Backoff
     epoch: int = 0
-    num_failed_starts: int = 0
     failure: str | None = None  # why the instance in it says that it cannot start
     is_retired: bool = False
 
@@ -48,15 +41,25 @@ class _Seat:
 
 
 class Instances:
-    """By name. No name is used twice, and whatever ends is reported to the controller."""
+    """By name. No name is used twice, and whatever ends is reported to the controller.
+
+    While one waits until it is started again the others serve.
+    """
 
     def __init__(
-        self, children: Children, display: Display, outbox: Outbox, run_folder: Path, context: BaseContext
+        self,
+        children: Children,
+        display: Display,
+        outbox: Outbox,
+        timers: Timers,
+        run_folder: Path,
+        context: BaseContext,
     ) -> None:
         """They are processes of `context` (of multiprocessing)."""
         self._children = children
         self._display = display
         self._outbox = outbox
+        self._timers = timers
         self._run_folder = run_folder
         self._context = context
         self._template: InstanceSpec | None = None
@@ -64,10 +67,22 @@ class Instances:
         self._suffix = ""
         self._num_named: Counter[Role] = Counter()
         self._seats: dict[str, _Seat] = {}  # by the name of the instance in it
+        self._exits: deque[InstanceExited] = deque(maxlen=_MAX_EXITS)
 
     @property
     def names(self) -> list[str]:
         return list(self._seats)
+
+    @property
+    def ready_names(self) -> list[str]:
+        children = (self._children.get(name) for name in self._seats)
+        return [child.name for child in children if child is not None and child.is_ready]
+
+    def tell_exits(self) -> None:
+        """Once more, of those that have ended lately: to a controller that cannot have heard it."""
+        if self._template is not None:
+            for exited in self._exits:
+                self._outbox.send(self._template.controller_address, exited)
 
     # --- more and fewer --------------------------------------------------------------------------------------------
 
@@ -82,13 +97,13 @@ class Instances:
         self._template = replace(template, threads=threads, num_local_instances=num_sharing)
         self._host, self._suffix = host, suffix
         for role in roles:
-            self._fill(_Seat(self._next_spec(self._template, role), is_added=False))
+            self._fill(self._new_seat(self._template, role, is_added=False))
 
     def add(self, role: Role) -> None:
         if self._template is None:
             _logger.warning("no instance can be added before the first ones are started")
             return
-        self._fill(_Seat(self._next_spec(self._template, role), is_added=True))
+        self._fill(self._new_seat(self._template, role, is_added=True))
 
     def retire(self, name: str) -> None:
         """End it for good. Nothing is to be done where it has ended already: that was reported."""
@@ -96,9 +111,11 @@ class Instances:
             seat.is_retired = True
             self._children.stop(name)
 
-    def _next_spec(self, template: InstanceSpec, role: Role) -> InstanceSpec:
+    def _new_seat(self, template: InstanceSpec, role: Role, is_added: bool) -> _Seat:
         number, self._num_named[role] = self._num_named[role], self._num_named[role] + 1
-        return replace(template, name=f"{role}-{number}{self._suffix}", role=role)
+        spec = replace(template, name=f"{role}-{number}{self._suffix}", role=role)
+        restart = template.config.restart
+        return _Seat(spec, is_added, Backoff(restart.max_failures, restart.max_delay_s))
 
     def _fill(self, seat: _Seat) -> None:
         """Start the seat's instance, under a name that no earlier one had."""
@@ -114,9 +131,13 @@ class Instances:
     def on_ready(self, name: str) -> None:
         if (seat := self._seats.get(name)) is None:
             return
-        seat.num_failed_starts = 0
+        seat.backoff.ready(time.monotonic())
         if seat.is_added and seat.is_first:
             self._display.note(f"added {name}")
+
+    def on_working(self, name: str) -> None:
+        if (seat := self._seats.get(name)) is not None:
+            seat.backoff.worked()
 
     def on_start_failed(self, message: StartFailed) -> None:
         """Fatal while the node starts; what was to replace another, or was added, is counted when it has ended."""
@@ -130,27 +151,30 @@ class Instances:
         self._children.stop(message.process)
 
     def on_exit(self, child: Child, how: str) -> None:
-        """FlowKVError if it was no instance, without which there is no cluster, or one that the node starts with."""
+        """FlowKVError if it was one that the node starts with."""
         name = child.name
-        if (seat := self._seats.pop(name, None)) is None:
-            raise FlowKVError(f"the {name} {how}")
-        seat.num_failed_starts += not child.is_ready
+        seat = self._seats.pop(name)
         is_failed_start = seat.is_first and not child.is_ready and not seat.is_retired
         if is_failed_start and not seat.is_added:
             raise FlowKVError(f"{name} {how} before it was ready")
         reason = "retired" if seat.is_retired else seat.failure or how
-        self._outbox.send(seat.spec.controller_address, InstanceExited(name, reason, seat.spec.epoch))
+        exited = InstanceExited(name, reason, seat.spec.epoch)
+        self._exits.append(exited)
+        self._outbox.send(seat.spec.controller_address, exited)
         if seat.is_retired:
             self._display.note(f"retired {name}")
         elif is_failed_start:  # whoever wanted it may ask again
             self._display.note(f"{name} could not be added: {reason}")
-        elif seat.num_failed_starts >= _MAX_FAILED_STARTS:
-            self._display.note(f"{name} {how}; it failed to start {seat.num_failed_starts} times and stays down")
         else:
-            self._display.note(f"{name} {how}; starting it again")
-            self._refill(seat)
+            self._start_again(seat, name, how)
 
-    def _refill(self, seat: _Seat) -> None:
+    def _start_again(self, seat: _Seat, name: str, how: str) -> None:
+        now_s = time.monotonic()
+        delay_s = seat.backoff.ended(now_s)
+        if delay_s is None:
+            self._display.note(f"{name} {how}; it stays down: {seat.backoff.describe_end()}")
+            return
+        self._display.note(f"{name} {how}; {seat.backoff.describe()}")
         seat.epoch += 1
         seat.failure = None
-        self._fill(seat)
+        self._timers.at(now_s + delay_s, lambda: self._fill(seat))

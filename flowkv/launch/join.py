@@ -15,13 +15,14 @@ from flowkv.cluster.nodes import NODE_SEPARATOR
 from flowkv.config import with_overrides
 from flowkv.errors import ConfigError, FlowKVError
 from flowkv.launch.addresses import check_local, resolve_endpoint, resolve_host, source_address, take_place
-from flowkv.launch.instances import Display
+from flowkv.launch.display import Display
 from flowkv.launch.model import resolve_model
 from flowkv.launch.node import Node, running_node
-from flowkv.messages import ControllerBeat, Dismissed, Join, Leave, NodeBeat, StopInstance, Welcome
+from flowkv.messages import ControllerBeat, Dismissed, Introduce, Join, Leave, NodeBeat, StopInstance, Welcome
 from flowkv.types import Role
 from flowkv.wire import Mailbox, tcp_address
 
+CARETAKER = "caretaker"
 _JOIN_TIMEOUT_S = 10.0
 _BEAT_S = 1.0
 
@@ -90,7 +91,7 @@ class _Membership:
                     f"no answer from {self._options.controller} within {_JOIN_TIMEOUT_S:.0f} s: no controller listens "
                     f"there or it cannot be reached (nor it this node, at {self._host}), or its cluster key is another"
                 )
-            self._beat(Join(self._launcher, self._place_name, self._mailbox.address, __version__))
+            self._beat(self._join_message())
             self._wait()
         return self._welcome
 
@@ -102,7 +103,12 @@ class _Membership:
         template = self._node.instance_template(
             config, resolve_model(config), welcome.model_name, self._controller_address, welcome.epoch, self._place
         )
-        self._node.children.start_caretaker(self._node.preload(config), self._node.folders)
+        light = self._node.preload(config)
+        self._node.services.start(
+            CARETAKER,
+            config.restart,
+            lambda name, _: self._node.children.start_caretaker(name, light, self._node.folders),
+        )
         roles = [self._options.role] * self._options.count
         self._node.instances.start(template, roles, self._host, f"{NODE_SEPARATOR}{welcome.node}")
 
@@ -122,6 +128,14 @@ class _Membership:
         self._asked_s = now_s if self._asked_s is None else self._asked_s
         self._node.outbox.send(self._controller_address, message)
 
+    def _introduce(self, name: str) -> None:
+        """To a controller that was started again, and with what it has not heard."""
+        self._node.outbox.send(self._controller_address, self._join_message(name))
+        self._node.instances.tell_exits()
+
+    def _join_message(self, name: str = "") -> Join:
+        return Join(self._launcher, self._place_name, self._mailbox.address, __version__, name)
+
     def _wait(self) -> None:
         self._node.wait(max(0.0, self._beat_due_s - time.monotonic()))
         for message in self._mailbox.receive_all():
@@ -130,6 +144,8 @@ class _Membership:
                     self._welcome = message
                 case ControllerBeat():
                     pass
+                case Introduce() if self._welcome is not None:
+                    self._introduce(self._welcome.node)
                 case StopInstance():
                     self._node.instances.retire(message.instance)
                 case Dismissed():

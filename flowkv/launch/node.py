@@ -1,12 +1,14 @@
 """What every launcher does: start the processes of this node, watch them, take all down."""
 
 import logging
+import math
 import multiprocessing
 import os
 import shutil
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.util import get_temp_dir
@@ -20,8 +22,11 @@ from flowkv.child import STOP_SIGNALS, once
 from flowkv.config import ClusterConfig
 from flowkv.engine.process import InstanceSpec
 from flowkv.launch.children import Children
-from flowkv.launch.instances import Display, Instances
-from flowkv.messages import Note, Progress, Ready, Serving, StartFailed, StartInstance, StopInstance
+from flowkv.launch.display import Display
+from flowkv.launch.instances import Instances
+from flowkv.launch.services import Services
+from flowkv.launch.timers import Timers
+from flowkv.messages import Note, Progress, Ready, Serving, StartFailed, StartInstance, StopInstance, Working
 from flowkv.types import Role
 from flowkv.wire import Mailbox, Outbox, SyncContext, tcp_address
 
@@ -49,7 +54,9 @@ class Node:
         self.poller.register(self._mailbox.socket, zmq.POLLIN)
         self.children = Children(self.poller)
         self._forkserver = multiprocessing.get_context("forkserver")
-        self.instances = Instances(self.children, display, self.outbox, run_folder, self._forkserver)
+        self._timers = Timers()
+        self.instances = Instances(self.children, display, self.outbox, self._timers, run_folder, self._forkserver)
+        self.services = Services(display, self._timers)
         self.url = ""  # of the frontend, when it is ready
         self.is_serving = False  # it has heard that the cluster is ready too
 
@@ -103,12 +110,16 @@ class Node:
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Until something happens. FlowKVError if it ends this node."""
-        limits_s = [limit_s for limit_s in (timeout_s, self.children.next_kill_s()) if limit_s is not None]
-        self.poller.poll(int(min(limits_s) * 1000) if limits_s else None)
+        limits_s = (timeout_s, self.children.next_kill_s(), self._timers.next_s(time.monotonic()))
+        self.poller.poll(min((math.ceil(limit_s * 1000) for limit_s in limits_s if limit_s is not None), default=None))
         for message in self._mailbox.receive_all():
             self._handle(message)
         for child, how in self.children.take_gone():
-            self.instances.on_exit(child, how)
+            if child.name in self.instances.names:
+                self.instances.on_exit(child, how)
+            else:
+                self.services.on_exit(child.name, child.is_ready, how)
+        self._timers.run_due(time.monotonic())
 
     def _handle(self, message: object) -> None:
         match message:
@@ -120,6 +131,10 @@ class Node:
                 self._on_ready(message)
             case Serving():
                 self.is_serving = True
+            case Working():
+                self.instances.on_working(message.process)
+            case StartFailed() if self.services.on_start_failed(message):
+                self.children.stop(message.process)
             case StartFailed():
                 self.instances.on_start_failed(message)
             case StartInstance():
@@ -136,6 +151,7 @@ class Node:
         self.url = message.url or self.url
         self.display.progress(message.process, 1.0, "ready")
         self.instances.on_ready(message.process)
+        self.services.on_ready(message.process, time.monotonic())
 
 
 @contextmanager

@@ -2,20 +2,27 @@
 
 import os
 import secrets
+from collections import deque
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
 
 from flowkv.auth import KEY_VARIABLE, ClusterKey, read_key
 from flowkv.cluster.service import ControllerSpec, run_controller
 from flowkv.config import ClusterConfig, with_overrides
 from flowkv.errors import ConfigError
 from flowkv.launch.addresses import check_local, resolve_endpoint
-from flowkv.launch.instances import Display
+from flowkv.launch.display import Display
 from flowkv.launch.model import model_name, resolve_model
 from flowkv.launch.node import Node, running_node
+from flowkv.messages import FrontendExited
 from flowkv.server.process import FrontendSpec, run_frontend
 from flowkv.wire import tcp_address
 
 CONTROLLER, FRONTEND = "controller", "frontend"
+_MAX_EXITS = 10  # of frontends, that are told again to a controller that has been started again
 
 
 def serve(config: ClusterConfig, display: Display) -> None:
@@ -53,15 +60,20 @@ class _Cluster:
         self._host = None if endpoint is None else endpoint[0]
         self._controller_address = node.ipc_address(CONTROLLER) if endpoint is None else tcp_address(*endpoint)
         self._epoch = secrets.token_hex(8)
+        self._frontend_exits: deque[FrontendExited] = deque(maxlen=_MAX_EXITS)
 
     def run(self) -> None:
-        self._node.stack.callback(self._node.children.stop_all, FRONTEND)  # so that clients hear of it first
+        self._node.stack.callback(self._stop)
         self._start()
         while not self._is_serving:
             self._node.wait()
         self._node.display.ready(self._description())
         while True:
             self._node.wait()
+
+    def _stop(self) -> None:
+        """The frontend first, so that clients hear of it."""
+        self._node.children.stop_all(self._node.services.present_name(FRONTEND))
 
     @property
     def _is_serving(self) -> bool:
@@ -71,9 +83,11 @@ class _Cluster:
     def _start(self) -> None:
         """The frontend binds its port before the instances start, so that a busy one is known before a model loads."""
         light = self._node.preload(self._config)
-        children, folders = self._node.children, self._node.folders
-        children.start(CONTROLLER, light, run_controller, self._controller_spec(), orphaned_folders=folders)
-        children.start(FRONTEND, light, run_frontend, self._frontend_spec())
+        services, restart = self._node.services, self._config.restart
+        services.start(
+            CONTROLLER, restart, lambda *which: self._start_controller(light, *which), self._on_controller_exit
+        )
+        services.start(FRONTEND, restart, lambda *which: self._start_frontend(light, *which), self._on_frontend_exit)
         while not self._node.children.are_ready:
             self._node.wait()
         template = self._node.instance_template(
@@ -84,28 +98,57 @@ class _Cluster:
             template, self._config.roles, self._host, max_instances=scheduling.max_instances
         )  # fmt: skip
 
-    def _controller_spec(self) -> ControllerSpec:
+    # Either removes the folders if the launcher is killed: the other may be about to be started again.
+
+    def _start_controller(self, context: Any, name: str, generation: int) -> None:
+        """One that is started again has heard nothing of those that have ended."""
+        spec = self._controller_spec(name, generation)
+        self._node.children.start(name, context, run_controller, spec, orphaned_folders=self._node.folders)
+        if generation:
+            self._node.instances.tell_exits()
+            for exited in self._frontend_exits:
+                self._node.outbox.send(self._controller_address, exited)
+
+    def _start_frontend(self, context: Any, name: str, _: int) -> None:
+        spec = self._frontend_spec(name)
+        self._node.children.start(name, context, run_frontend, spec, orphaned_folders=self._node.folders)
+
+    def _on_controller_exit(self, _: str) -> None:
+        self._node.outbox.drop(self._controller_address)  # what is sent into a connection that has ended is lost
+
+    def _on_frontend_exit(self, name: str) -> None:
+        exited = FrontendExited(name)
+        self._frontend_exits.append(exited)
+        self._node.outbox.send(self._controller_address, exited)
+
+    def _controller_spec(self, name: str, generation: int) -> ControllerSpec:
         """Other nodes look for the model at the same path, unless they are told another."""
         config = self._config
         if config.model is not None:
             config = with_overrides(config, {"model": str(self._folder)})
         return ControllerSpec(
-            name=CONTROLLER,
+            name=name,
             address=self._controller_address,
             launcher_address=self._node.address,
             epoch=self._epoch,
             config=config,
             model_name=self._model_name,
             key=self._node.key,
+            generation=generation,
+            running=tuple(self._node.instances.ready_names),
         )
 
-    def _frontend_spec(self) -> FrontendSpec:
+    def _frontend_spec(self, name: str) -> FrontendSpec:
+        """One that is started again listens where the first one did, also where that took any free port."""
+        server = self._config.server
+        if self._node.url:
+            server = msgspec.structs.replace(server, port=urlsplit(self._node.url).port)
         return FrontendSpec(
-            name=FRONTEND,
-            address=self._node.mailbox_address(FRONTEND, self._host),
+            name=name,
+            address=self._node.mailbox_address(name, self._host),
             controller_address=self._controller_address,
             launcher_address=self._node.address,
-            server=self._config.server,
+            server=server,
             model_folder=None if self._folder is None else str(self._folder),
             model_name=self._model_name,
             key=self._node.key,

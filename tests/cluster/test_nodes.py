@@ -5,6 +5,7 @@ from flowkv.messages import (
     ControllerBeat,
     Dismissed,
     InstanceExited,
+    Introduce,
     Join,
     Leave,
     Message,
@@ -21,17 +22,23 @@ TIMEOUT_S = CONFIG.network.node_timeout_s
 MODEL = ModelInfo(name="toy", dtype="toy", vocab_size=256, max_model_tokens=512)
 
 
+def registration(instance: str) -> Register:
+    peer = PeerInfo(instance, instance, descriptor(instance))
+    return Register(peer, Role.DECODE, MODEL, 16, 8, __version__, "epoch")
+
+
 class Rig:
-    def __init__(self) -> None:
-        self.nodes = Nodes("epoch", CONFIG, "toy")
+    def __init__(self, generation: int = 0) -> None:
+        self.nodes = Nodes("epoch", CONFIG, "toy", generation)
         self.now_s = 0.0
 
     def take(self, message: Join | NodeBeat | Leave) -> list[tuple[str, Message]]:
         self.nodes.handle(message, self.now_s)
         return self.nodes.take_messages()
 
-    def join(self, launcher: str, place: str | None = None, version: str = __version__) -> Message:
-        [(address, answer)] = self.take(Join(launcher, place or f"place of {launcher}", f"tcp://{launcher}", version))
+    def join(self, launcher: str, place: str | None = None, version: str = __version__, node: str = "") -> Message:
+        place = place or f"place of {launcher}"
+        [(address, answer)] = self.take(Join(launcher, place, f"tcp://{launcher}", version, node))
         assert address == f"tcp://{launcher}"
         return answer
 
@@ -41,8 +48,7 @@ class Rig:
         return answer
 
     def register(self, instance: str) -> str | None:
-        peer = PeerInfo(instance, instance, descriptor(instance))
-        return self.nodes.refusal(Register(peer, Role.DECODE, MODEL, 16, 8, __version__, "epoch"))
+        return self.nodes.refusal(registration(instance))
 
     def wait(self, seconds: float) -> list[str]:
         self.now_s += seconds
@@ -133,3 +139,47 @@ def test_the_end_of_the_cluster_is_told_to_all() -> None:
     rig.join("l2")
     rig.nodes.dismiss_all("the end")
     assert rig.nodes.take_messages() == [("tcp://l1", Dismissed("the end")), ("tcp://l2", Dismissed("the end"))]
+
+
+def test_a_controller_that_was_started_again_lets_nodes_introduce_themselves_and_keep_their_names() -> None:
+    rig = Rig(generation=1)
+    assert rig.beat("l2") == Introduce()
+    assert rig.join("l2", node="node-2") == Welcome("node-2", "epoch", CONFIG, "toy")
+    assert rig.nodes.take_notes() == [], "nobody has come"
+    assert rig.beat("l2") == ControllerBeat("epoch")
+    assert rig.register("decode-0@node-2") is None
+    assert rig.beat("l1", epoch="earlier") == Dismissed("the cluster was started again")
+
+
+def test_no_name_is_given_twice_by_controllers_of_one_cluster() -> None:
+    first, second, third = Rig(), Rig(generation=1), Rig(generation=2)
+    second.join("l1", node="node-1")
+    names = [rig.join(f"l{i}") for i, rig in enumerate((first, first, second, second, third, third), start=11)]
+    assert [name.node for name in names if isinstance(name, Welcome)] == [
+        "node-1", "node-2", "node-1.1", "node-1.2", "node-2.1", "node-2.2"
+    ]  # fmt: skip
+
+
+def test_an_instance_is_waited_for_until_its_node_has_introduced_itself() -> None:
+    rig = Rig(generation=1)
+    assert rig.nodes.is_awaited(registration("decode-0@node-1"))
+    assert not rig.nodes.is_awaited(registration("decode-0"))
+    rig.join("l1", node="node-1")
+    assert not rig.nodes.is_awaited(registration("decode-0@node-1"))
+    assert rig.register("decode-0@node-1") is None
+    rig.take(Leave("l1"))
+    assert not rig.nodes.is_awaited(registration("decode-0@node-1"))
+    assert rig.register("decode-0@node-1") == "its node node-1 is not part of this cluster"
+
+
+def test_a_name_is_kept_by_one_node_only_and_not_after_it_has_left() -> None:
+    rig = Rig(generation=1)
+    rig.join("l1", node="node-1")
+    unknown = Dismissed("the cluster does not know this node any more")
+    assert rig.join("l2", node="node-1") == unknown
+    rig.take(Leave("l1"))
+    assert rig.join("l1", node="node-1") == unknown
+
+
+def test_only_a_controller_that_had_predecessors_waits_for_anybody() -> None:
+    assert not Rig().nodes.is_awaited(registration("decode-0@node-1"))

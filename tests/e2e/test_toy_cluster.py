@@ -158,7 +158,7 @@ def test_signals_to_the_whole_group_end_everything_too() -> None:
 
 
 def test_a_signal_while_a_breakdown_is_cleared_up_leaves_nothing_behind() -> None:
-    with serving(*CHECKED) as server:
+    with serving(*CHECKED, "--set", "restart.max_failures=0") as server:
         controller, frontend = server.pid_of("controller"), server.pid_of("frontend")
         os.kill(frontend, signal.SIGSTOP)  # the launcher waits for its end before it ends the others
         os.kill(controller, signal.SIGKILL)

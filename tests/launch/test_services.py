@@ -1,0 +1,82 @@
+import pytest
+
+from flowkv.config import RestartConfig
+from flowkv.errors import ConfigError, FlowKVError
+from flowkv.launch.services import Services
+from flowkv.launch.timers import Timers
+from flowkv.messages import StartFailed
+
+
+class Rig:
+    """One service, whose processes the test plays."""
+
+    def __init__(self, max_failures: int = 3) -> None:
+        self.notes: list[str] = []
+        self.started: list[tuple[str, int]] = []
+        self.ended: list[str] = []
+        self.timers = Timers()
+        self.services = Services(self, self.timers)
+        restart = RestartConfig(max_failures=max_failures)
+        self.services.start("frontend", restart, lambda *which: self.started.append(which), self.ended.append)
+
+    def progress(self, process: str, fraction: float, text: str) -> None: ...
+
+    def ready(self, text: str) -> None: ...
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def end(self, process: str, is_ready: bool = True) -> None:
+        self.services.on_exit(process, is_ready, "was killed by SIGKILL")
+
+    def pass_time(self) -> None:
+        self.timers.run_due(float("inf"))
+
+
+def test_one_that_ends_is_followed_by_another_of_another_name() -> None:
+    rig = Rig()
+    assert rig.services.present_name("frontend") == "frontend"
+    rig.end("frontend")
+    assert rig.ended == ["frontend"]
+    assert not rig.services.is_running("frontend")
+    rig.pass_time()
+    assert rig.started == [("frontend", 0), ("frontend~1", 1)]
+    assert rig.services.is_running("frontend") and rig.services.present_name("frontend") == "frontend~1"
+    rig.end("frontend~1")
+    assert rig.notes == [
+        "the frontend was killed by SIGKILL; starting it again",
+        "the frontend~1 was killed by SIGKILL; starting it again in 1 s (failure 2 of at most 3 without progress)",
+    ]
+
+
+def test_one_that_keeps_ending_without_progress_is_the_end_of_the_node() -> None:
+    rig = Rig(max_failures=2)
+    rig.end("frontend")
+    rig.pass_time()
+    with pytest.raises(FlowKVError, match=r"the frontend~1 was killed by SIGKILL: 2 times in a row without progress"):
+        rig.end("frontend~1", is_ready=False)
+
+
+def test_the_first_of_them_must_start() -> None:
+    with pytest.raises(FlowKVError, match="the frontend was killed by SIGKILL before it was ready"):
+        Rig().end("frontend", is_ready=False)
+    with pytest.raises(ConfigError, match="frontend: the port is taken"):
+        Rig().services.on_start_failed(StartFailed("frontend", "the port is taken"))
+
+
+def test_why_a_successor_cannot_start_is_shown_and_it_is_tried_again() -> None:
+    rig = Rig()
+    rig.end("frontend")
+    rig.pass_time()
+    assert rig.services.on_start_failed(StartFailed("frontend~1", "the port is taken"))
+    rig.end("frontend~1", is_ready=False)
+    assert rig.notes[-1].startswith("the frontend~1 the port is taken; starting it again in 1 s")
+    rig.pass_time()
+    assert rig.started[-1] == ("frontend~2", 2)
+
+
+def test_of_others_nothing_is_known() -> None:
+    rig = Rig()
+    assert not rig.services.on_start_failed(StartFailed("prefill-0", "why"))
+    with pytest.raises(FlowKVError, match="the stranger was killed"):
+        rig.end("stranger")
