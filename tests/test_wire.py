@@ -48,12 +48,14 @@ STATUS = InstanceStatus(
 )
 EXAMPLES: list[m.AnyMessage] = [
     m.FrontendHello("f0", "ipc:///run/f0"),
+    m.FrontendExited("f0", "ipc:///run/f0"),
     m.Submit("f0", REQUEST),
     m.Abort("r0", 2),
     PEER,
     m.Register(PEER, Role.DECODE, MODEL, 16, 256, "0.1", "epoch"),
     m.Registered(),
     m.RegistrationRefused("another model"),
+    m.Introduce(),
     m.Renew("p0.1", [1, 3], 5.0),
     m.Renewed("d0.1", 5.0),
     m.StepSample(1, 2, 3, 4, 0.5),
@@ -73,6 +75,7 @@ EXAMPLES: list[m.AnyMessage] = [
     m.Drain(),
     m.StartInstance(Role.PREFILL),
     m.StopInstance("p0.1"),
+    m.Working("p0.1"),
     m.InstanceExited("p0.1", "killed"),
     m.Join("l0", "host/0", "tcp://10.0.0.2:4000", "0.1"),
     m.NodeBeat("l0", "tcp://10.0.0.2:4000", "epoch"),
