@@ -22,7 +22,7 @@ function digits(value) {
 
 export const count = (value) => (isKnown(value) ? Math.round(value).toLocaleString("en") : NONE);
 
-export const bytesPerSecond = (value) => (isKnown(value) ? `${number(value)}B/s` : NONE);
+export const bytesPerSecond = (value) => (isKnown(value) ? `${number(value).replace(/(?=[kMG]?$)/, " ")}B/s` : NONE);
 
 export function duration(seconds) {
   if (!isKnown(seconds)) return NONE;
@@ -33,7 +33,7 @@ export function duration(seconds) {
   return seconds < 7200 ? `${Math.round(seconds / 60)} min` : `${Math.round(seconds / 3600)} h`;
 }
 
-export const percent = (fraction) => (isKnown(fraction) ? `${(100 * fraction).toFixed(fraction < 0.0995 && fraction > 0 ? 1 : 0)}%` : NONE);
+export const percent = (fraction) => (isKnown(fraction) ? `${(100 * fraction).toFixed(fraction >= 0.0005 && fraction < 0.0995 ? 1 : 0)}%` : NONE);
 
 export const clock = (date) => date.toLocaleTimeString("en-GB");
 

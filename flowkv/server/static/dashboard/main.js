@@ -20,7 +20,7 @@ const PLOTS = [
     series: [
       { name: "submitted", class: "c1", of: value("requests") },
       { name: "finished", class: "c2", of: value("finished") },
-      { name: "failed or refused", class: "c3", of: (second) => (second.failed ?? 0) + (second.refused ?? 0) },
+      { name: "errors", class: "c3", of: (second) => (second.failed ?? 0) + (second.refused ?? 0) },
     ],
   }),
   new Plot({

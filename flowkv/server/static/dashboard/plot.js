@@ -8,6 +8,7 @@ const RIGHT = 8;
 const TOP = 8;
 const BOTTOM = 20;
 const NARROW = 60;
+const BRIDGE = 1 / 60; // of the time shown: what is no further apart is joined by a line
 
 /** A round number not below `value`. */
 export function niceCeiling(value) {
@@ -109,22 +110,20 @@ export class Plot {
     drawTimeAxis(this.times, axis, HEIGHT - 4);
   }
 
-  /** A stretch of known values is a line; one value alone is a dot; a series that is zero throughout is left out. */
+  /** Values not far apart are joined; one alone is a dot; a series that is zero throughout is left out. */
   drawLine(place, seconds, values, axis, y) {
+    const known = values.map((value, index) => ({ value, tick: seconds[index].tick })).filter(({ value }) => value !== null);
+    const points = known.some(({ value }) => value > 0) ? known : [];
+    const ground = y(0).toFixed(1);
     let line = "";
     let area = "";
-    let start = null;
-    if (values.every((value) => !value)) values = [];
-    values.forEach((value, index) => {
-      if (value === null) return;
-      const x = axis.x(seconds[index].tick + 0.5).toFixed(1);
+    points.forEach(({ value, tick }, index) => {
+      const x = axis.x(tick + 0.5).toFixed(1);
       const point = `${x} ${y(value).toFixed(1)}`;
-      const isFirst = index === 0 || values[index - 1] === null;
-      const isLast = index === values.length - 1 || values[index + 1] === null;
+      const isFirst = index === 0 || tick - points[index - 1].tick > axis.windowS * BRIDGE;
+      const isLast = index === points.length - 1 || points[index + 1].tick - tick > axis.windowS * BRIDGE;
       line += isFirst ? `M${point}${isLast ? "h.01" : ""}` : `L${point}`;
-      if (isFirst) start = x;
-      area += isFirst ? `M${x} ${y(0)}L${point}` : `L${point}`;
-      if (isLast) area += `L${x} ${y(0)}L${start} ${y(0)}Z`;
+      area += `${isFirst ? `M${x} ${ground}` : ""}L${point}${isLast ? `L${x} ${ground}` : ""}`;
     });
     setAttribute(this.lines[place], "d", line);
     setAttribute(this.areas[place], "d", area);

@@ -10,8 +10,8 @@ const TILES = [
   ["requests", "Requests/s", (now) => number(now.mean("requests")), (now) => `${count(now.data.num_live)} in flight`],
   ["prompt", "Prompt tokens/s", (now) => number(now.mean("prompt_tokens")), (now) => `${count(now.last.waiting)} waiting`],
   ["output", "Output tokens/s", (now) => number(now.mean("output_tokens")), (now) => `${count(now.last.running)} running`],
-  ["ttft", "TTFT, median", (now) => duration(now.data.recent.ttft_s?.[0]), (now) => `p95 ${duration(now.data.recent.ttft_s?.[1])} · last minute`],
-  ["itl", "ITL, median", (now) => duration(now.data.recent.itl_s?.[0]), (now) => `p95 ${duration(now.data.recent.itl_s?.[1])} · last minute`],
+  ["ttft", "TTFT, median", (now) => duration(now.data.recent.ttft_s?.[0]), (now) => `p95 ${duration(now.data.recent.ttft_s?.[1])} · 1 min`],
+  ["itl", "ITL, median", (now) => duration(now.data.recent.itl_s?.[0]), (now) => `p95 ${duration(now.data.recent.itl_s?.[1])} · 1 min`],
   ["errors", "Errors", (now) => count(now.sum("failed") + now.sum("refused")), (now) => `${count(now.sum("failed"))} failed, ${count(now.sum("refused"))} refused`],
   ["kv", "KV in use", (now) => percent(now.last.used_fraction), (now) => plural(now.data.instances.length, "instance")],
 ];
