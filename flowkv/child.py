@@ -66,17 +66,6 @@ def _exit_on_sigterm() -> None:
     sys.unraisablehook = unraisable
 
 
-def once(act: Callable[[], None]) -> Callable[[int, object], None]:
-    """A signal handler that acts the first time only: a second time would interrupt the clearing up that it began."""
-    times = iter([1])
-
-    def handle(signum: int, frame: object) -> None:
-        if next(times, 0):
-            act()
-
-    return handle
-
-
 def _launcher() -> BaseProcess:
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -159,10 +159,13 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     host: str = "127.0.0.1"
     port: int = 8000
     max_body_bytes: int = 8 * 2**20
+    drain_timeout_s: float = 30.0  # what runs has so long to finish when the server is told to stop; 0: no time
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"server.port is 0 (any free one) to 65535, not {self.port}")
+        if not 0 <= self.drain_timeout_s <= 86400:
+            raise ValueError(f"server.drain_timeout_s is a number of seconds up to 86400, not {self.drain_timeout_s}")
         if self.max_body_bytes < 1:
             raise ValueError(f"server.max_body_bytes is at least 1, not {self.max_body_bytes}")
 

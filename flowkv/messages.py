@@ -381,6 +381,10 @@ class Working(Message):
     process: str
 
 
+class DrainCluster(Message):
+    """An operator wants the cluster to finish what it has and end, as by a signal."""
+
+
 class StartInstance(Message):
     """The controller wants one instance more, of this role. It registers like any other."""
 
@@ -460,6 +464,7 @@ AnyMessage = (
     | StartFailed
     | Note
     | Working
+    | DrainCluster
     | StartInstance
     | StopInstance
     | Welcome

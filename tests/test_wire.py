@@ -76,6 +76,7 @@ EXAMPLES: list[m.AnyMessage] = [
     m.StartInstance(Role.PREFILL),
     m.StopInstance("p0.1"),
     m.Working("p0.1"),
+    m.DrainCluster(),
     m.InstanceExited("p0.1", "killed"),
     m.Join("l0", "host/0", "tcp://10.0.0.2:4000", "0.1"),
     m.NodeBeat("l0", "tcp://10.0.0.2:4000", "epoch"),

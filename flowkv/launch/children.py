@@ -85,12 +85,13 @@ class Children:
     def are_ready(self) -> bool:
         return all(child.is_ready for child in self._children.values())
 
-    def stop(self, name: str) -> None:
-        """Tell it to; what has not ended in a while is killed by `take_gone`. Nothing is to be done if it has ended."""
+    def stop(self, name: str, signum: int = signal.SIGTERM, last_s: float = 0.0) -> None:
+        """Tell it to; what has not ended `last_s` and a while later is killed by `take_gone`. Nothing is to be done if
+        it has ended."""
         child = self.get(name)
         if child is not None and child.kill_due_s is None:
-            child.kill_due_s = time.monotonic() + _STOP_TIMEOUT_S
-            child.send_signal(signal.SIGTERM)
+            child.kill_due_s = time.monotonic() + last_s + _STOP_TIMEOUT_S
+            child.send_signal(signum)
 
     def next_kill_s(self) -> float | None:
         """Seconds until `take_gone` will have one to kill."""

@@ -5,7 +5,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import signal
 import socket
 import tempfile
 import time
@@ -18,15 +17,25 @@ from typing import Any
 import zmq
 
 from flowkv.auth import ClusterKey
-from flowkv.child import STOP_SIGNALS, once
 from flowkv.config import ClusterConfig
 from flowkv.engine.process import InstanceSpec
 from flowkv.launch.children import Children
 from flowkv.launch.display import Display
 from flowkv.launch.instances import Instances
 from flowkv.launch.services import Services
+from flowkv.launch.signals import StopRequested, StopSignals
 from flowkv.launch.timers import Timers
-from flowkv.messages import Note, Progress, Ready, Serving, StartFailed, StartInstance, StopInstance, Working
+from flowkv.messages import (
+    DrainCluster,
+    Note,
+    Progress,
+    Ready,
+    Serving,
+    StartFailed,
+    StartInstance,
+    StopInstance,
+    Working,
+)
 from flowkv.types import Role
 from flowkv.wire import Mailbox, Outbox, SyncContext, tcp_address
 
@@ -38,9 +47,12 @@ _logger = logging.getLogger(__name__)
 class Node:
     """The processes of this node. Close `stack` when done; `running_node` does."""
 
-    def __init__(self, display: Display, run_folder: Path, stack: ExitStack, key: ClusterKey | None) -> None:
+    def __init__(
+        self, display: Display, run_folder: Path, stack: ExitStack, key: ClusterKey | None, signals: StopSignals
+    ) -> None:
         self.display = display
         self.stack = stack
+        self.signals = signals
         self.key = key
         self.run_folder = run_folder
         self.context = SyncContext()
@@ -52,6 +64,7 @@ class Node:
         stack.callback(self.outbox.close)
         self.poller = zmq.Poller()
         self.poller.register(self._mailbox.socket, zmq.POLLIN)
+        self.poller.register(signals.fd, zmq.POLLIN)
         self.children = Children(self.poller)
         self._forkserver = multiprocessing.get_context("forkserver")
         self._timers = Timers()
@@ -112,6 +125,7 @@ class Node:
         """Until something happens. FlowKVError if it ends this node."""
         limits_s = (timeout_s, self.children.next_kill_s(), self._timers.next_s(time.monotonic()))
         self.poller.poll(min((math.ceil(limit_s * 1000) for limit_s in limits_s if limit_s is not None), default=None))
+        self.signals.heed()
         for message in self._mailbox.receive_all():
             self._handle(message)
         for child, how in self.children.take_gone():
@@ -139,6 +153,8 @@ class Node:
                 self.instances.on_start_failed(message)
             case StartInstance():
                 self.instances.add(message.role)
+            case DrainCluster():
+                self.signals.ask_drain()
             case StopInstance():
                 self.instances.retire(message.instance)
             case _:
@@ -158,30 +174,13 @@ class Node:
 def running_node(display: Display, key: ClusterKey | None) -> Iterator[Node]:
     """A node until the block ends, by itself or by one of STOP_SIGNALS; nothing of it is left then."""
     with ExitStack() as stack:
-        _stop_on_signals()
+        signals = StopSignals()
+        stack.callback(signals.close)
         run_folder = Path(tempfile.mkdtemp(prefix="flowkv-"))  # 0700: nobody else can send messages
         stack.callback(shutil.rmtree, run_folder, ignore_errors=True)
         try:
-            yield Node(display, run_folder, stack, key)
-        except _StopRequested:
+            yield Node(display, run_folder, stack, key, signals)
+        except StopRequested:
             display.note("stopping")
         finally:
-            _ignore_signals()  # where a breakdown ends this the first is still to come: it must not end the clearing up
-
-
-class _StopRequested(Exception):
-    """One of STOP_SIGNALS has come."""
-
-
-def _stop_on_signals() -> None:
-    def stop() -> None:
-        raise _StopRequested
-
-    handler = once(stop)
-    for number in STOP_SIGNALS:
-        signal.signal(number, handler)
-
-
-def _ignore_signals() -> None:
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+            signals.ignore()  # where a breakdown ends this the first is still to come: it must not end the clearing up

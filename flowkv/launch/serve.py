@@ -18,7 +18,7 @@ from flowkv.launch.display import Display
 from flowkv.launch.model import model_name, resolve_model
 from flowkv.launch.node import Node, running_node
 from flowkv.messages import FrontendExited
-from flowkv.server.process import FrontendSpec, run_frontend
+from flowkv.server.process import DRAIN_SIGNAL, FrontendSpec, run_frontend
 from flowkv.wire import tcp_address
 
 CONTROLLER, FRONTEND = "controller", "frontend"
@@ -68,8 +68,20 @@ class _Cluster:
         while not self._is_serving:
             self._node.wait()
         self._node.display.ready(self._description())
-        while True:
+        self._node.signals.lets_drain = True
+        while not self._node.signals.is_drain_asked:
             self._node.wait()
+        self._drain()
+
+    def _drain(self) -> None:
+        """The frontend ends with its last request, or when it has waited long enough."""
+        services, name = self._node.services, self._node.services.present_name(FRONTEND)
+        services.retire(FRONTEND)
+        if (frontend := self._node.children.get(name)) is not None and frontend.is_ready:
+            self._node.children.stop(name, DRAIN_SIGNAL, self._config.server.drain_timeout_s)
+            while services.is_running(FRONTEND):
+                self._node.wait()
+        self._node.display.note("stopping")
 
     def _stop(self) -> None:
         """The frontend first, so that clients hear of it."""

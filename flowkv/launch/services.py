@@ -20,6 +20,7 @@ class _Service:
     backoff: Backoff
     epoch: int = 0
     is_running: bool = False
+    is_retired: bool = False
     failure: str | None = None  # why it says that it cannot start
 
     @property
@@ -48,6 +49,10 @@ class Services:
         service = self._services[name] = _Service(name, start, on_exit, backoff)
         self._run(service)
 
+    def retire(self, name: str) -> None:
+        """It is not started again."""
+        self._services[name].is_retired = True
+
     def present_name(self, name: str) -> str:
         return self._services[name].present_name if name in self._services else name
 
@@ -74,6 +79,8 @@ class Services:
         if (service := self._find(process)) is None:
             raise FlowKVError(f"the {process} {how}")
         service.is_running = False
+        if service.is_retired:
+            return
         reason, service.failure = service.failure or how, None
         if service.epoch == 0 and not is_ready:
             raise FlowKVError(f"the {process} {reason} before it was ready")
@@ -86,6 +93,8 @@ class Services:
         self._timers.at(time.monotonic() + delay_s, lambda: self._run(service))
 
     def _run(self, service: _Service) -> None:
+        if service.is_retired:
+            return
         service.is_running = True
         service.start(service.present_name, service.epoch)
 

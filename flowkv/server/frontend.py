@@ -87,11 +87,12 @@ class Frontend:
         self._beat_s = beat_s
         self._live: dict[str, LiveRequest] = {}
         self._is_closed = False
+        self._drained_by_s: float | None = None  # nothing new is taken
         self._on_ready: Callable[[], None] | None = on_ready
 
     @property
     def is_ready(self) -> bool:
-        return self.status is not None and self.status.ready and not self._is_closed
+        return self.status is not None and self.status.ready and not self._is_closed and self._drained_by_s is None
 
     @property
     def num_live(self) -> int:
@@ -107,6 +108,11 @@ class Frontend:
         """Raises `RequestError` (503) while the cluster cannot take requests."""
         if self._is_closed:
             raise RequestError("the server is shutting down", status=503, code="shutting_down")
+        if self._drained_by_s is not None:
+            raise RequestError(
+                "the server is draining and takes no new requests", status=503, code="shutting_down",
+                retry_after_s=max(0.0, self._drained_by_s - self.now_s()),
+            )  # fmt: skip
         if self.status is None or self.status.model is None or not self.status.ready:
             raise RequestError("the cluster is not ready yet", status=503, code="not_ready")
         return Limits.of(self.status.model, self.status.max_request_tokens)
@@ -151,6 +157,10 @@ class Frontend:
         for choice in live.choices:
             if choice.finish_reason is None:
                 self.metrics.count_finished(FinishReason.ABORT)
+
+    def drain(self, timeout_s: float) -> None:
+        """No new requests; those that are open go on, and `close` comes within `timeout_s`."""
+        self._drained_by_s = self.now_s() + timeout_s
 
     def close(self) -> None:
         """No new requests; every open stream ends with finish reason `abort`."""

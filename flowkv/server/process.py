@@ -1,4 +1,4 @@
-"""The frontend's process: the port first, then the tokenizer, then requests until SIGTERM."""
+"""The frontend's process: the port first, then the tokenizer, then requests until it is drained or SIGTERM comes."""
 
 import asyncio
 import contextlib
@@ -16,14 +16,16 @@ from starlette.types import ASGIApp
 from flowkv.auth import ClusterKey
 from flowkv.config import ServerConfig
 from flowkv.errors import ConfigError, FlowKVError
-from flowkv.messages import Ready, Serving, StartFailed
+from flowkv.messages import Note, Ready, Serving, StartFailed
 from flowkv.server.app import create_app
 from flowkv.server.byte_tokenizer import ByteTokenizer
+from flowkv.server.draining import Draining
 from flowkv.server.frontend import Frontend
 from flowkv.server.tokenizer import ModelTokenizer, Tokenizer
 from flowkv.wire import AsyncMailbox, Outbox, SyncContext
 
 SHUTDOWN_S = 5  # for clients to take the ends of their streams
+DRAIN_SIGNAL = signal.SIGUSR1  # once it is ready: end when the last request has
 LINGER_S = 1.0  # for the last messages to leave
 
 
@@ -42,7 +44,7 @@ class FrontendSpec:
 
 
 def run_frontend(spec: FrontendSpec) -> int:
-    """Serve until SIGTERM; returns the exit status.
+    """Serve until SIGTERM, or a while longer from DRAIN_SIGNAL on; returns the exit status.
 
     The launcher gets `StartFailed` with one line, or `Ready` with the URL (a port of 0 is any free one) and, when the
     cluster is ready too, `Serving`.
@@ -104,7 +106,11 @@ async def _serve(
         frontend.close()
         server.should_exit = True
 
+    draining = Draining(
+        frontend, spec.server.drain_timeout_s, lambda text: outbox.send(spec.launcher_address, Note(text)), stop
+    )  # fmt: skip
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+    asyncio.get_running_loop().add_signal_handler(DRAIN_SIGNAL, draining.begin)
     try:
         async with asyncio.TaskGroup() as group:
             receiving = group.create_task(frontend.run())

@@ -129,7 +129,7 @@ def test_two_clusters_run_side_by_side() -> None:
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_everything_and_open_streams_hear_of_it(signum: signal.Signals) -> None:
-    with serving(*CHECKED, "--set", "toy_step_s=0.02") as server:
+    with serving(*CHECKED, "--set", "toy_step_s=0.02", "--set", "server.drain_timeout_s=0.2") as server:
         lines: list[str] = []
         begun = threading.Event()
 
