@@ -68,6 +68,16 @@ def _key(args: argparse.Namespace) -> None:
     print(new_key())
 
 
+def _api_key(args: argparse.Namespace) -> None:
+    from flowkv.server.keys import add_key, key_line, new_key
+
+    if args.file is not None:
+        print(add_key(args.file, args.name))
+        return
+    key = new_key()
+    print(f"{key}\n{key_line(args.name, key)}")
+
+
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The options that were given, by configuration key."""
     keys = {
@@ -76,7 +86,9 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
         "threads": "engine.threads", "slo_ttft": "slo.ttft_s", "slo_tpot": "slo.tpot_s", "admission": "slo.admission",
         "roles": "scheduling.roles", "min_instances": "scheduling.min_instances",
         "max_instances": "scheduling.max_instances", "listen": "network.listen",
-        "cluster_key_file": "network.cluster_key_file",
+        "cluster_key_file": "network.cluster_key_file", "api_key_file": "server.api_key_file",
+        "admin_key_file": "server.admin_key_file", "admin_port": "server.admin_port", "insecure": "server.insecure",
+        "tls_cert_file": "server.tls_cert_file", "tls_key_file": "server.tls_key_file",
     }  # fmt: skip
     given = {key: getattr(args, option, None) for option, key in keys.items()}
     return {key: str(value) if isinstance(value, Path) else value for key, value in given.items() if value is not None}
@@ -95,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     add_plan(commands)
     add_profile(commands)
     _add_key(commands)
+    _add_api_key(commands)
     return parser
 
 
@@ -144,6 +157,18 @@ def _add_key(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         description="Print a new random key. Put it into a file that only you can read, on every node of a cluster.",
     )
     key.set_defaults(command=_key)
+
+
+def _add_api_key(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    api_key = commands.add_parser(
+        "api-key",
+        help="make a key for a client of the server, or for its operators",
+        description="Print a new random key, once: the server keeps only its hash. With --file the line NAME:HASH is "
+        "added there, without it that line is printed too. A running server notices when its file changes.",
+    )
+    api_key.set_defaults(command=_api_key)
+    api_key.add_argument("name", metavar="NAME", help="whose it is; limits, logs and metrics go by it")
+    api_key.add_argument("--file", type=Path, metavar="FILE", help="the file that --api-key-file names")
 
 
 def _add_key_file(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
@@ -197,6 +222,7 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     server.add_argument(
         "--model-name", metavar="NAME", help="what the API calls the model (default: its folder's name)"
     )
+    _add_access(serve)
     _add_scheduling(serve)
     network = serve.add_argument_group("several nodes")
     network.add_argument(
@@ -207,6 +233,22 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     files.add_argument("--config", type=Path, metavar="FILE", help="TOML file; docs/operations.md lists its keys")
     files.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of it, such as engine.block_size=32"
+    )
+
+
+def _add_access(serve: argparse.ArgumentParser) -> None:
+    access = serve.add_argument_group("who may call (docs/security.md)")
+    access.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="keys of clients, made by flowkv api-key (or FLOWKV_API_KEYS)"
+    )
+    access.add_argument(
+        "--admin-key-file", type=Path, metavar="FILE", help="keys of operators, likewise (or FLOWKV_ADMIN_KEY)"
+    )
+    access.add_argument("--admin-port", type=int, metavar="PORT", help="a port of their own for operators, on loopback")
+    access.add_argument("--tls-cert-file", type=Path, metavar="FILE", help="serve HTTPS with this certificate (PEM)")
+    access.add_argument("--tls-key-file", type=Path, metavar="FILE", help="and its key")
+    access.add_argument(
+        "--insecure", action="store_true", default=None, help="serve without keys to whoever reaches --host"
     )
 
 

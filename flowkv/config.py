@@ -156,18 +156,67 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """HTTP: where, for whom (docs/security.md), and how large a request may be."""
+
     host: str = "127.0.0.1"
     port: int = 8000
+    api_key_file: str | None = None  # of clients; also from FLOWKV_API_KEYS
+    admin_key_file: str | None = None  # of operators; also from FLOWKV_ADMIN_KEY
+    admin_host: str = "127.0.0.1"
+    admin_port: int | None = None  # for /admin and operators' pages alone; None: they are on `port`
+    insecure: bool = False  # serve without keys on an address that is not this machine's alone
+    open_paths: tuple[str, ...] = ("/health", "/ready")  # that need no key
+    allowed_hosts: tuple[str, ...] = ()  # names that clients without a key may call this server by, besides its own
+    cors_origins: tuple[str, ...] = ()  # web pages that may call, as "https://chat.example.com"; "*": any
+    tls_cert_file: str | None = None  # with the whole chain, PEM
+    tls_key_file: str | None = None
+    max_header_bytes: int = 32 * 2**10
     max_body_bytes: int = 8 * 2**20
     drain_timeout_s: float = 30.0  # what runs has so long to finish when the server is told to stop; 0: no time
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"server.port is 0 (any free one) to 65535, not {self.port}")
+        for name, port in (("port", self.port), ("admin_port", self.admin_port)):
+            if port is not None and not 0 <= port <= 65535:
+                raise ValueError(f"server.{name} is 0 (any free one) to 65535, not {port}")
         if not 0 <= self.drain_timeout_s <= 86400:
             raise ValueError(f"server.drain_timeout_s is a number of seconds up to 86400, not {self.drain_timeout_s}")
         if self.max_body_bytes < 1:
             raise ValueError(f"server.max_body_bytes is at least 1, not {self.max_body_bytes}")
+        if not 1024 <= self.max_header_bytes <= 2**20:
+            raise ValueError(f"server.max_header_bytes is from 1024 to 1048576, not {self.max_header_bytes}")
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise ValueError("server.tls_cert_file and server.tls_key_file go together")
+
+
+class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What clients may ask for, together and by key. 0 is no limit, unless it says otherwise.
+
+    Tokens are those of prompts and of what comes. A key's line in the key file may have limits of its own.
+    """
+
+    concurrent: int = 0  # HTTP requests under way
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+    key_concurrent: int = 0  # the same three, of each key
+    key_requests_per_minute: int = 0
+    key_tokens_per_minute: int = 0
+    prompt_tokens: int = 0  # of one prompt
+    choices: int = 0  # of one request (`n`)
+    queue_timeout_s: float = 0.0  # a request without its first token by then is given up (503)
+    head_timeout_s: float = 10.0  # from the first byte of a request to the end of its headers
+    body_timeout_s: float = 60.0  # from there to the end of its body
+    slow_reader_s: float = 30.0  # a client that takes nothing for so long is cut off
+    slow_reader_bytes: int = 64 * 2**20  # or leaves so much unread
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            if getattr(self, name) < 0:
+                raise ValueError(f"limits.{name} is not negative")
+        for name in ("head_timeout_s", "body_timeout_s", "slow_reader_s"):
+            if not 0.1 <= getattr(self, name) <= 86400:
+                raise ValueError(f"limits.{name} is a number of seconds from 0.1 to 86400")
+        if self.slow_reader_bytes < 2**16:
+            raise ValueError("limits.slow_reader_bytes is at least 65536")
 
 
 class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -214,6 +263,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     mixed: int = 0
     engine: EngineConfig = msgspec.field(default_factory=EngineConfig)
     server: ServerConfig = msgspec.field(default_factory=ServerConfig)
+    limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
     transfer: TransferConfig = msgspec.field(default_factory=TransferConfig)
     network: NetworkConfig = msgspec.field(default_factory=NetworkConfig)
     restart: RestartConfig = msgspec.field(default_factory=RestartConfig)

@@ -168,6 +168,8 @@ class FrontendMetrics:
         self._finished = Counter("flowkv_choices_finished", finished, ["finish_reason"], registry=self.registry)
         refused = "Requests answered with an error, by HTTP status"
         self._refused = Counter("flowkv_requests_refused", refused, ["status"], registry=self.registry)
+        rejected = "Requests answered with an error, or cut off, by why"
+        self._rejected = Counter("flowkv_rejections", rejected, ["reason"], registry=self.registry)
         for reason in FinishReason:
             self._finished.labels(reason.value)
         self.registry.register(ClusterCollector(cluster))
@@ -175,8 +177,9 @@ class FrontendMetrics:
     def count_finished(self, reason: FinishReason) -> None:
         self._finished.labels(reason.value).inc()
 
-    def count_refused(self, status: int) -> None:
+    def count_refused(self, status: int, reason: str) -> None:
         self._refused.labels(str(status)).inc()
+        self._rejected.labels(reason).inc()
 
     def render(self) -> bytes:
         """The Prometheus text format, version 0.0.4."""

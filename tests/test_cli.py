@@ -29,7 +29,10 @@ def flowkv(*arguments: str) -> "subprocess.CompletedProcess[str]":
         (["--toy", "--admission"], "slo.admission needs slo.ttft_s"),
         (["--toy", "--min-instances", "3", "--max-instances", "2"], "min_instances is at most"),
         (["--toy", "--kv-memory", "900TiB"], "does not fit into"),
-        (["--toy", "--host", "no.such.host.invalid"], "no.such.host.invalid"),
+        (["--toy", "--host", "no.such.host.invalid", "--insecure"], "no.such.host.invalid"),
+        (["--toy", "--host", "0.0.0.0"], "whoever reaches 0.0.0.0 could use this server: make keys"),
+        (["--toy", "--api-key-file", "/no/such/file"], "the key file /no/such/file cannot be read"),
+        (["--toy", "--tls-cert-file", "/no/such/file"], "go together"),
     ],
 )
 def test_a_mistake_gets_one_line(arguments: list[str], words: str, tmp_path: Path) -> None:
@@ -50,6 +53,16 @@ def test_a_busy_port_gets_one_line() -> None:
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert f"port {port}" in result.stderr.strip().splitlines()[-1]
+
+
+def test_a_key_for_a_client(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    key = flowkv("api-key", "alice", "--file", str(path)).stdout.strip()
+    line = path.read_text().strip()
+    assert key.startswith("fk-") and line.startswith("alice:") and key not in line
+    assert "already" in flowkv("api-key", "alice", "--file", str(path)).stderr
+    shown, shown_line = flowkv("api-key", "bob").stdout.splitlines()
+    assert shown.startswith("fk-") and shown_line.startswith("bob:")
 
 
 def test_another_node_needs_an_address_and_a_key(tmp_path: Path) -> None:

@@ -164,6 +164,7 @@ class _Cluster:
             model_folder=None if self._folder is None else str(self._folder),
             model_name=self._model_name,
             key=self._node.key,
+            limits=self._config.limits,
         )
 
     def _description(self) -> str:

@@ -1,6 +1,5 @@
-"""The HTTP side: OpenAI's routes and those that operators look at, as an ASGI application."""
+"""The HTTP side: OpenAI's routes and those that operators look at, as a Starlette application."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +7,6 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import ASGIApp
 
 from flowkv.config import ServerConfig
 from flowkv.errors import RequestError
@@ -18,14 +16,13 @@ from flowkv.server.completions_api import CompletionsApi
 from flowkv.server.dashboard import Dashboard
 from flowkv.server.endpoint import Endpoint
 from flowkv.server.frontend import Frontend
-from flowkv.server.request_id import RequestIds
-from flowkv.server.response import error_body
+from flowkv.server.response import error_body, retry_headers
 from flowkv.server.status_api import StatusApi
 from flowkv.server.text_service import TextService
 from flowkv.server.tokens_api import TokensApi
 
 
-def create_app(frontend: Frontend, model_name: str, config: ServerConfig) -> ASGIApp:
+def create_app(frontend: Frontend, model_name: str, config: ServerConfig) -> Starlette:
     """`model_name` is what clients may call the one model that is served."""
     service = TextService(frontend, model_name, config)
     endpoints: list[Endpoint] = [
@@ -39,13 +36,13 @@ def create_app(frontend: Frontend, model_name: str, config: ServerConfig) -> ASG
         *(endpoint.route() for endpoint in endpoints),
         *unsupported.routes(),
     ]
-    return RequestIds(Starlette(routes=routes, exception_handlers=ErrorAnswers(frontend.count_refused).handlers()))
+    return Starlette(routes=routes, exception_handlers=ErrorAnswers(frontend.count_refused).handlers())
 
 
 class ErrorAnswers:
     """Every failure in OpenAI's shape."""
 
-    def __init__(self, count_refused: Callable[[int], None]) -> None:
+    def __init__(self, count_refused: Callable[[int, str], None]) -> None:
         self._count_refused = count_refused
 
     def handlers(self) -> dict[Any, Callable[..., Any]]:
@@ -57,8 +54,8 @@ class ErrorAnswers:
         }
 
     async def on_request_error(self, request: Request, error: RequestError) -> Response:
-        self._count_refused(error.status)
-        return Response(error_body(error), error.status, _retry_headers(error), "application/json")
+        self._count_refused(error.status, error.code or "invalid_request")
+        return Response(error_body(error), error.status, retry_headers(error), "application/json")
 
     async def on_http_error(self, request: Request, error: HTTPException) -> Response:
         reason = f"{request.method} {request.url.path}: {error.detail}"
@@ -71,10 +68,3 @@ class ErrorAnswers:
     async def on_bug(self, request: Request, error: Exception) -> Response:
         body = error_body(RequestError("internal error", status=500, code="internal_error"))
         return Response(body, 500, media_type="application/json")
-
-
-def _retry_headers(error: RequestError) -> dict[str, str] | None:
-    """`Retry-After` is in whole seconds."""
-    if error.status not in (429, 503):
-        return None
-    return {"retry-after": str(max(1, math.ceil(error.retry_after_s or 0.0)))}

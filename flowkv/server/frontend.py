@@ -21,6 +21,7 @@ from flowkv.messages import (
     Submit,
 )
 from flowkv.metrics import FrontendMetrics
+from flowkv.server.caller import Caller, current_caller
 from flowkv.server.choice import Choice, Delta
 from flowkv.server.cluster_view import ClusterView
 from flowkv.server.history import History
@@ -47,6 +48,7 @@ class LiveRequest:
     request: Request
     stream: RequestStream
     choices: list[Choice]
+    caller: Caller
     arrival_s: float
     attempt: int = 0
     is_answered: bool = False  # accepted or rejected: not submitted again
@@ -99,9 +101,9 @@ class Frontend:
         """Requests that have not ended."""
         return len(self._live)
 
-    def count_refused(self, status: int) -> None:
-        """A body that was answered with an error."""
-        self.metrics.count_refused(status)
+    def count_refused(self, status: int, reason: str) -> None:
+        """A call that was answered with an error, or cut off; `reason` is a code of ours, never a client's words."""
+        self.metrics.count_refused(status, reason)
         self.history.refused(self.now_s())
 
     def limits(self) -> Limits:
@@ -136,12 +138,14 @@ class Frontend:
         """One stream over all choices of all requests: choice c of request i has the number `i * n + c`."""
         num_choices = sum(request.sampling.n for request in requests)
         request_ids = [request.request_id for request in requests]
+        caller = current_caller()
         stream = RequestStream(num_choices, lambda: self._abort_all(request_ids))
         number = 0
-        for request in requests:
+        for request in map(caller.ranked, requests):
             choices = [self._choice(number + c, request, options) for c in range(request.sampling.n)]
             number += len(choices)
-            self._live[request.request_id] = LiveRequest(request, stream, choices, arrival_s)
+            self._live[request.request_id] = LiveRequest(request, stream, choices, caller, arrival_s)
+            caller.spend(len(request.prompt_ids), self.now_s())
             self.metrics.num_requests.inc()
             self.metrics.prompt_tokens.inc(len(request.prompt_ids))
             self.history.submitted(arrival_s, len(request.prompt_ids))
@@ -284,6 +288,7 @@ class Frontend:
         if not delta.token_ids:
             return
         self.metrics.output_tokens.inc(len(delta.token_ids))
+        live.caller.spend(len(delta.token_ids), now_s)
         if live.first_token_s is None:
             live.first_token_s = now_s
             self.metrics.ttft_s.observe(now_s - live.arrival_s)

@@ -1,30 +1,26 @@
 """The frontend's process: the port first, then the tokenizer, then requests until it is drained or SIGTERM comes."""
 
 import asyncio
-import contextlib
 import signal
-import socket
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import uvicorn
 import uvloop
 import zmq
-from starlette.types import ASGIApp
 
 from flowkv.auth import ClusterKey
-from flowkv.config import ServerConfig
-from flowkv.errors import ConfigError, FlowKVError
+from flowkv.config import LimitsConfig, ServerConfig
+from flowkv.errors import FlowKVError
 from flowkv.messages import Note, Ready, Serving, StartFailed
 from flowkv.server.app import create_app
 from flowkv.server.byte_tokenizer import ByteTokenizer
 from flowkv.server.draining import Draining
 from flowkv.server.frontend import Frontend
+from flowkv.server.site import Site
 from flowkv.server.tokenizer import ModelTokenizer, Tokenizer
 from flowkv.wire import AsyncMailbox, Outbox, SyncContext
 
-SHUTDOWN_S = 5  # for clients to take the ends of their streams
 DRAIN_SIGNAL = signal.SIGUSR1  # once it is ready: end when the last request has
 LINGER_S = 1.0  # for the last messages to leave
 
@@ -41,6 +37,7 @@ class FrontendSpec:
     model_folder: str | None  # None: toy serving, where tokens are bytes
     model_name: str
     key: ClusterKey | None = None  # for mailboxes on tcp
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
 
 
 def run_frontend(spec: FrontendSpec) -> int:
@@ -54,9 +51,9 @@ def run_frontend(spec: FrontendSpec) -> int:
     context: SyncContext = zmq.Context()
     outbox = Outbox(context, spec.key)
     try:
-        with listen(spec.server.host, spec.server.port) as listener:
+        with Site(spec.server, spec.limits) as site:
             tokenizer = _tokenizer(spec)
-            uvloop.run(_serve(spec, listener, lambda: _frontend(spec, context, outbox, tokenizer), outbox))
+            uvloop.run(_serve(spec, site, lambda: _frontend(spec, context, outbox, tokenizer), outbox))
     except FlowKVError as error:
         outbox.send(spec.launcher_address, StartFailed(spec.name, str(error)))
         return 1
@@ -78,33 +75,22 @@ def _frontend(spec: FrontendSpec, context: SyncContext, outbox: Outbox, tokenize
     )  # fmt: skip
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket. Raises `ConfigError` where the port is taken or the host is not this machine's."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on host {host!r}: {error.strerror}") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(1024)  # bound alone, the port could still be taken by somebody else
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from error
-    return listener
-
-
-async def _serve(
-    spec: FrontendSpec, listener: socket.socket, make_frontend: Callable[[], Frontend], outbox: Outbox
-) -> None:
+async def _serve(spec: FrontendSpec, site: Site, make_frontend: Callable[[], Frontend], outbox: Outbox) -> None:
     frontend = make_frontend()
     app = create_app(frontend, spec.model_name, spec.server)
-    server = Server(app, lambda: outbox.send(spec.launcher_address, Ready(spec.name, _url(listener))))
+    url, *operators_urls = site.urls
+
+    def announce() -> None:
+        outbox.send(spec.launcher_address, Ready(spec.name, url))
+        for operators_url in operators_urls:
+            outbox.send(spec.launcher_address, Note(f"operators' pages are at {operators_url}"))
+
+    servers = site.servers(app, frontend.count_refused, announce)
 
     def stop() -> None:
         frontend.close()
-        server.should_exit = True
+        for server in servers:
+            server.should_exit = True
 
     draining = Draining(
         frontend, spec.server.drain_timeout_s, lambda text: outbox.send(spec.launcher_address, Note(text)), stop
@@ -114,37 +100,7 @@ async def _serve(
     try:
         async with asyncio.TaskGroup() as group:
             receiving = group.create_task(frontend.run())
-            await server.serve(sockets=[listener])
+            await asyncio.gather(*(server.run_until_told() for server in servers))
             receiving.cancel()
     finally:
         frontend.close_mailbox()
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if listener.family == socket.AF_INET6 else f"http://{host}:{port}"
-
-
-class Server(uvicorn.Server):
-    """uvicorn, less its signal handlers, and with a call when it listens."""
-
-    def __init__(self, app: ASGIApp, on_listening: Callable[[], None]) -> None:
-        config = uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=SHUTDOWN_S,
-        )
-        super().__init__(config)
-        self._on_listening = on_listening
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._on_listening()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield

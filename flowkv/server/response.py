@@ -1,5 +1,6 @@
 """What OpenAI's answers have in common, whole ones and streams of server-sent events: envelopes, usage, errors."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -149,3 +150,10 @@ def error_fields(error: RequestError) -> dict[str, Any]:
 
 def error_body(error: RequestError) -> bytes:
     return _encoder.encode(error_fields(error))
+
+
+def retry_headers(error: RequestError) -> dict[str, str]:
+    """`Retry-After`, in whole seconds, where the same may be asked again."""
+    if error.status not in (429, 503):
+        return {}
+    return {"retry-after": str(max(1, math.ceil(error.retry_after_s or 0.0)))}

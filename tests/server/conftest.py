@@ -7,11 +7,11 @@ import httpx
 import pytest
 import zmq
 
-from flowkv.config import ServerConfig
+from flowkv.config import LimitsConfig, ServerConfig
 from flowkv.server.app import create_app
 from flowkv.server.byte_tokenizer import ByteTokenizer
 from flowkv.server.frontend import Frontend
-from flowkv.server.process import Server, listen
+from flowkv.server.site import Server, Site
 from flowkv.wire import AsyncMailbox, Outbox, SyncContext
 from tests.server.fake_cluster import CONTEXT_TOKENS, FakeCluster, say, status
 
@@ -29,8 +29,8 @@ class Served:
 def module_served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The real HTTP server on a port of its own, in a thread, in front of a fake cluster."""
     folder = tmp_path_factory.mktemp("run")
-    listener = listen("127.0.0.1", 0)
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    site = Site(ServerConfig(port=0, max_body_bytes=MAX_BODY_BYTES), LimitsConfig(), environ={})
+    [url] = site.urls
     started = threading.Event()
     servers: list[Server] = []
     context: SyncContext = zmq.Context()
@@ -38,9 +38,10 @@ def module_served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     async def serve(controller_address: str) -> None:
         mailbox, outbox = AsyncMailbox(context, f"ipc://{folder}/frontend"), Outbox(context)
         frontend = Frontend("f0", mailbox, outbox, controller_address, ByteTokenizer(), beat_s=0.02)
-        servers.append(Server(create_app(frontend, "toy", ServerConfig(max_body_bytes=MAX_BODY_BYTES)), started.set))
+        app = create_app(frontend, "toy", ServerConfig(max_body_bytes=MAX_BODY_BYTES))
+        servers.extend(site.servers(app, frontend.count_refused, started.set))
         receiving = asyncio.create_task(frontend.run())
-        await servers[0].serve(sockets=[listener])
+        await servers[0].run_until_told()
         receiving.cancel()
         await asyncio.gather(receiving, return_exceptions=True)
         frontend.close_mailbox()

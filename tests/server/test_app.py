@@ -351,7 +351,7 @@ def test_a_client_that_goes_away_aborts(served: Served, route: str, stream: bool
     data = json.dumps({**ROUTES[route], "stream": stream}).encode()
     host, port = served.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as client:
-        head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+        head = f"POST {route} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
         client.sendall(head.encode() + data)
         served.cluster.wait_for(lambda: bool(served.cluster.requests))
         if stream and num_outputs:
@@ -363,7 +363,7 @@ def test_a_client_that_goes_away_aborts(served: Served, route: str, stream: bool
 def test_a_client_that_goes_away_within_its_body(served: Served) -> None:
     host, port = served.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as client:
-        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
     assert post(served, "/v1/completions").status_code == 200
 
 

@@ -14,7 +14,7 @@ import zmq
 
 from flowkv.errors import ConfigError
 from flowkv.messages import Ready, StartFailed
-from flowkv.server.process import listen
+from flowkv.server.site import listen
 from flowkv.wire import Mailbox, decode
 from tests.server.bpe import make_model_folder
 from tests.server.fake_cluster import FakeCluster, outputs
