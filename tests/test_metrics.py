@@ -103,7 +103,7 @@ def test_frontend_metrics_count() -> None:
     metrics.itl_s.observe(0.02)
     metrics.e2e_s.observe(1.5)
     metrics.count_finished(FinishReason.LENGTH)
-    metrics.count_refused(404)
+    metrics.count_refused(404, "model_not_found")
     found = samples(metrics)
     assert found["flowkv_ttft_seconds_sum", labels()] == 0.2
     assert found["flowkv_itl_seconds_bucket", labels(le="0.02")] == 1
@@ -111,3 +111,4 @@ def test_frontend_metrics_count() -> None:
     assert found["flowkv_choices_finished_total", labels(finish_reason="length")] == 1
     assert found["flowkv_choices_finished_total", labels(finish_reason="stop")] == 0
     assert found["flowkv_requests_refused_total", labels(status="404")] == 1
+    assert found["flowkv_rejections_total", labels(reason="model_not_found")] == 1

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import msgspec
 
 from flowkv.server.keys import ANYBODY, ApiKey
-from flowkv.server.protocol import MAX_PRIORITY, MIN_PRIORITY
 from flowkv.server.quotas import Quota
-from flowkv.types import Request
+from flowkv.types import DEFERRED, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +28,7 @@ class Caller:
         if self.key is ANYBODY:
             return request
         priority = self.key.priority + max(0, request.priority)
-        return msgspec.structs.replace(request, priority=min(max(priority, MIN_PRIORITY), MAX_PRIORITY))
+        return msgspec.structs.replace(request, priority=min(priority, DEFERRED // 2 - 1))
 
 
 _caller: ContextVar[Caller] = ContextVar("flowkv_caller")

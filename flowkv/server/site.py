@@ -65,9 +65,11 @@ class Site:
         scheme = "http" if self._certificate is None else "https"
         return [_url(scheme, listener) for listener, _ in self._listeners]
 
-    def servers(self, app: ASGIApp, count_refused: Callable[[int, str], None], on_listening: Callable[[], None]) -> list["Server"]:
-        """One a listener. `count_refused(status, reason)` is told of those who are turned away, `on_listening` is called
-        when clients' port listens."""
+    def servers(
+        self, app: ASGIApp, count_refused: Callable[[int, str], None], on_listening: Callable[[], None]
+    ) -> list["Server"]:
+        """One a listener. `count_refused(status, reason)` hears of all who are turned away, `on_listening` that
+        clients' port listens."""
         refusals = Refusals(count_refused)
         calls = [on_listening, lambda: None]
         return [

@@ -41,7 +41,7 @@ def test_the_page_may_load_nothing_else(served: Served) -> None:
 
 @pytest.mark.parametrize("name", ["nothing.js", "..%2fdashboard.py", "..%2f..%2fapp.py", "%2fetc%2fpasswd"])
 def test_nothing_else_is_served(served: Served, name: str) -> None:
-    assert served.client.get(f"/dashboard/{name}").status_code == 404
+    assert served.client.get(f"/dashboard/{name}").status_code in (400, 404)
 
 
 def test_data_tells_what_was_served(served: Served) -> None:

@@ -322,8 +322,8 @@ def test_a_client_that_reads_gets_it_all() -> None:
 
 def certificate(folder: Path, name: str = "one") -> dict[str, str]:
     cert, key = folder / "crt", folder / "key"
-    shutil.copy(TLS / f"{name}.crt", cert)
-    shutil.copy(TLS / f"{name}.key", key)
+    shutil.copyfile(TLS / f"{name}.crt", cert)
+    shutil.copyfile(TLS / f"{name}.key", key)
     key.chmod(0o600)
     return {"tls_cert_file": str(cert), "tls_key_file": str(key)}
 
@@ -351,7 +351,7 @@ def test_https_and_a_new_certificate_without_a_restart(tmp_path: Path) -> None:
 
 def test_a_certificate_that_does_not_do_stops_the_start(tmp_path: Path) -> None:
     config = certificate(tmp_path)
-    shutil.copy(TLS / "two.key", config["tls_key_file"])
+    shutil.copyfile(TLS / "two.key", config["tls_key_file"])
     with pytest.raises(ConfigError, match="do not do"), running_site(config):
         pass
     certificate(tmp_path)
