@@ -83,6 +83,7 @@ class HttpConfig(Config):
             lifespan="off",
             log_config=None,
             access_log=False,
+            server_header=False,
             timeout_graceful_shutdown=shutdown_s,
             ssl_context_factory=None if tls is None else lambda config, default: tls,
         )
