@@ -1,18 +1,27 @@
 """The tokenizer of toy serving: no model, a token is a byte of UTF-8."""
 
+import json
+
 from flowkv.grammar.vocabulary import Vocabulary
+from flowkv.server.chat_template import Conversation
 from flowkv.server.detokenizer import ByteDetokenizer
 
 
 class ByteTokenizer:
     eos_token_ids: frozenset[int] = frozenset()
+    tool_template = "{{ tools }}<tool_call>"  # as if there were one, and of the format that most models write
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        lines = [f"{message['role']}: {message['content']}\n" for message in messages]
-        return self.encode("".join(lines) + "assistant: ")
+    def encode_chat(self, conversation: Conversation) -> list[int]:
+        lines = [f"tools: {json.dumps(conversation.tools)}\n"] if conversation.tools else []
+        for message in conversation.messages:
+            calls = f" {json.dumps(message['tool_calls'])}" if "tool_calls" in message else ""
+            lines.append(f"{message['role']}: {message['content'] or ''}{calls}\n")
+        if conversation.continue_final_message:
+            return self.encode("".join(lines).removesuffix("\n"))
+        return self.encode("".join(lines) + ("assistant: " if conversation.add_generation_prompt else ""))
 
     def decode(self, token_ids: list[int]) -> str:
         return bytes(token_ids).decode(errors="replace")
@@ -26,7 +35,7 @@ class ByteTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id])
 
-    def detokenizer(self, *, skip_special_tokens: bool) -> ByteDetokenizer:
+    def detokenizer(self, *, skip_special_tokens: bool, kept: tuple[str, ...] = ()) -> ByteDetokenizer:
         return ByteDetokenizer()
 
     def vocabulary(self) -> Vocabulary:

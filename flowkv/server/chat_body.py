@@ -1,52 +1,34 @@
 """The body of `POST /v1/chat/completions`."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import Meta
 
 from flowkv.errors import RequestError
+from flowkv.server.chat_message import ChatMessage
 from flowkv.server.protocol import GenerationBody, NumLogprobs, Positive, decode_checked
+from flowkv.server.tool_body import ToolChoice, Tools, check_tools
 
-
-class ContentPart(msgspec.Struct, frozen=True):
-    type: str
-    text: str | None = None
-
-
-class ChatMessage(msgspec.Struct, frozen=True):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart] | None = None
-    tool_calls: list[Any] | None = None
-    function_call: Any = None
-
-    def plain(self) -> dict[str, str]:
-        """As chat templates take it; text parts are joined by newlines."""
-        parts = [self.content] if isinstance(self.content, str) else [part.text or "" for part in self.content or []]
-        return {"role": self.role, "content": "\n".join(parts)}
-
-    def check(self, where: str) -> None:
-        """Raises `RequestError` (400)."""
-        if self.tool_calls or self.function_call:
-            raise RequestError(f"{where}: tool calls are not supported", param="messages")
-        if self.content is None:
-            raise RequestError(f"{where}.content is missing", param="messages")
-        if not isinstance(self.content, str):
-            _check_parts(where, self.content)
+TEMPLATE_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")
 
 
 class ChatBody(GenerationBody, frozen=True, kw_only=True):
     prompt_field: ClassVar[str] = "messages"
-    unsupported: ClassVar[tuple[str, ...]] = (*GenerationBody.unsupported, "tools", "functions", "audio")
+    unsupported: ClassVar[tuple[str, ...]] = (*GenerationBody.unsupported, "functions", "audio")
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
     max_tokens: Positive | None = None
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
-    tools: list[Any] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     functions: list[Any] | None = None
-    tool_choice: str | dict[str, Any] | None = None
     function_call: str | dict[str, Any] | None = None
     modalities: list[str] | None = None
     audio: dict[str, Any] | None = None
@@ -63,11 +45,11 @@ class ChatBody(GenerationBody, frozen=True, kw_only=True):
         super().check()
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
-        self._refuse_other("tool_choice", ("none", "auto"))
         self._refuse_other("function_call", ("none", "auto"))
         self._refuse_other("modalities", (["text"],))
-        for number, message in enumerate(self.messages):
-            message.check(f"messages[{number}]")
+        check_messages(self.messages)
+        check_tools(self.tools or [], self.tool_choice)
+        check_template_use(self.add_generation_prompt, self.continue_final_message, self.chat_template_kwargs)
 
     def _refuse_other(self, name: str, allowed: tuple[Any, ...]) -> None:
         value = getattr(self, name)
@@ -83,11 +65,19 @@ def decode_chat(data: bytes) -> ChatBody:
     return decode_checked(_decoder, data)
 
 
-def _check_parts(where: str, parts: list[ContentPart]) -> None:
-    for number, part in enumerate(parts):
-        if part.type != "text":
-            raise RequestError(
-                f"{where}.content[{number}] of type {part.type!r}: only text is supported", param="messages"
-            )
-        if part.text is None:
-            raise RequestError(f"{where}.content[{number}].text is missing", param="messages")
+def check_messages(messages: list[ChatMessage]) -> None:
+    """Raises `RequestError` (400)."""
+    for number, message in enumerate(messages):
+        message.check(f"messages[{number}]")
+
+
+def check_template_use(
+    add_generation_prompt: bool | None, continue_final_message: bool | None, variables: dict[str, Any] | None
+) -> None:
+    """Raises `RequestError` (400)."""
+    if continue_final_message and add_generation_prompt is not False:
+        reason = "continue_final_message needs add_generation_prompt to be false"
+        raise RequestError(reason, param="continue_final_message")
+    taken = next((name for name in TEMPLATE_VARIABLES if name in (variables or {})), None)
+    if taken is not None:
+        raise RequestError(f"chat_template_kwargs may not set {taken}", param="chat_template_kwargs")

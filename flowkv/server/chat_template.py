@@ -5,11 +5,13 @@ Source of the environment: `transformers.utils.chat_template_utils` (5.23), less
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Never
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.utils
@@ -17,25 +19,61 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flowkv.errors import ModelError, RequestError
 
+_CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What is rendered: messages and tools as plain JSON values, and variables besides."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False  # the text ends where the last message does, so that it goes on
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
 
 class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """`special_tokens` (`bos_token`, ...) are variables of the template; raises `ModelError` if it is none."""
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
+            self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise ModelError(f"the model's chat template does not parse: {error}") from error
+        self.source = source
+        self.takes_tools = "tools" in variables
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: list[dict[str, str]]) -> str:
-        """The conversation as text, ending where the assistant begins.
+    def render(self, conversation: Conversation) -> str:
+        """The conversation as text, ending where the assistant begins, or goes on.
 
         Raises `RequestError` with the template's own words where it does not take these messages.
         """
+        if not conversation.continue_final_message:
+            return self._render(conversation, conversation.messages)
+        *messages, last = conversation.messages
+        content = last["content"] or ""
+        text = self._render(conversation, [*messages, {**last, "content": content + _CONTINUED}])
+        end = text.rfind(_CONTINUED.strip())
+        if end < 0 or content.strip() not in text:
+            reason = "the model's chat template does not show the final message, so it cannot go on"
+            raise RequestError(reason, param="continue_final_message")
+        # A template that trims what it shows has trimmed the message's own end too.
+        return text[:end] if text.startswith(_CONTINUED, end) else text[:end].rstrip()
+
+    def _render(self, conversation: Conversation, messages: list[dict[str, Any]]) -> str:
+        variables = {
+            **self._special_tokens,
+            **conversation.variables,
+            "messages": messages,
+            "tools": conversation.tools,
+            "documents": None,
+            "add_generation_prompt": conversation.add_generation_prompt,
+        }
         try:
-            return self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
-            )
+            return self._template.render(variables)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             reason = f"the model's chat template does not take these messages: {error}"
             raise RequestError(reason, param="messages") from error

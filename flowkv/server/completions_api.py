@@ -35,7 +35,7 @@ class CompletionsApi:
         service.frontend.limits()  # nothing is tokenized for a cluster that is not there
         prompt_ids = [await service.encode(part) if isinstance(part, str) else part for part in prompts]
         head = service.head("cmpl-", request)
-        requests = service.requests(head, body, prompt_ids)
+        requests = service.requests(head, body, prompt_ids, await service.binding(body.constraint))
         shape = CompletionFormat(
             head,
             StreamUsage.of(body.stream_options),

@@ -41,6 +41,7 @@ class TextOptions:
     stop_strings: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    kept_tokens: tuple[str, ...] = ()  # special ones that show nevertheless
 
 
 @dataclass(slots=True)
@@ -302,6 +303,8 @@ class Frontend:
                 self.metrics.itl_s.observe(gap_s)
 
     def _choice(self, number: int, request: Request, options: TextOptions) -> Choice:
-        detokenizer = self.tokenizer.detokenizer(skip_special_tokens=options.skip_special_tokens)
+        detokenizer = self.tokenizer.detokenizer(
+            skip_special_tokens=options.skip_special_tokens, kept=options.kept_tokens
+        )
         stops = StopStrings(options.stop_strings, options.include_stop)
         return Choice(number, detokenizer, stops, request.sampling.min_tokens)

@@ -1,11 +1,12 @@
 """From a body and a prompt's ids to a `Request` that any instance can run: defaults filled in, limits checked."""
 
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from flowkv.errors import RequestError
 from flowkv.server.protocol import GenerationBody
-from flowkv.types import ModelInfo, Request, SamplingParams
+from flowkv.types import Grammar, ModelInfo, Request, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class Limits:
     def of(cls, model: ModelInfo, max_request_tokens: int) -> "Limits":
         return cls(model.vocab_size, model.max_model_tokens, min(max_request_tokens, model.max_model_tokens))
 
-    def check_ids(self, name: str, token_ids: list[int]) -> None:
+    def check_ids(self, name: str, token_ids: Iterable[int]) -> None:
         bad = next((token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size), None)
         if bad is not None:
             reason = f"{name} holds the token id {bad}, outside the vocabulary of {self.vocab_size}"
@@ -38,8 +39,21 @@ class Limits:
         raise RequestError(reason, param=name, code="context_length_exceeded")
 
 
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """A grammar that was found good, and the ids that end its answers."""
+
+    grammar: Grammar | None = None
+    end_ids: frozenset[int] = frozenset()
+
+
 def build_request(
-    request_id: str, body: GenerationBody, prompt_ids: list[int], limits: Limits, eos_ids: frozenset[int]
+    request_id: str,
+    body: GenerationBody,
+    prompt_ids: list[int],
+    limits: Limits,
+    eos_ids: frozenset[int],
+    binding: Binding = Binding(),
 ) -> Request:
     """Raises `RequestError` (400) naming the limit or the field that is broken."""
     if not prompt_ids:
@@ -56,20 +70,22 @@ def build_request(
     return Request(
         request_id=request_id,
         prompt_ids=prompt_ids,
-        sampling=_sampling(body, max_tokens, limits.vocab_size, eos_ids),
+        sampling=_sampling(body, max_tokens, limits, eos_ids, binding),
         priority=body.priority or 0,
     )
 
 
-def _sampling(body: GenerationBody, max_tokens: int, vocab_size: int, eos_ids: frozenset[int]) -> SamplingParams:
-    stop_ids = frozenset(body.stop_token_ids or ())
+def _sampling(
+    body: GenerationBody, max_tokens: int, limits: Limits, eos_ids: frozenset[int], binding: Binding
+) -> SamplingParams:
+    stop_ids = frozenset(body.stop_token_ids or ()) | binding.end_ids
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=body.min_tokens or 0,
         n=body.num_choices,
         temperature=_or(body.temperature, 1.0),
         top_p=_or(body.top_p, 1.0),
-        top_k=min(max(body.top_k or 0, 0), vocab_size),  # -1 means all, as 0 does
+        top_k=min(max(body.top_k or 0, 0), limits.vocab_size),  # -1 means all, as 0 does
         min_p=_or(body.min_p, 0.0),
         seed=secrets.randbits(63) if body.seed is None else body.seed % 2**63,
         repetition_penalty=_or(body.repetition_penalty, 1.0),
@@ -78,7 +94,15 @@ def _sampling(body: GenerationBody, max_tokens: int, vocab_size: int, eos_ids: f
         stop_token_ids=stop_ids if body.ignore_eos else stop_ids | eos_ids,
         logprobs=body.num_logprobs,
         prompt_logprobs=body.num_prompt_logprobs,
+        logit_bias=_logit_bias(body, limits),
+        grammar=binding.grammar,
     )
+
+
+def _logit_bias(body: GenerationBody, limits: Limits) -> dict[int, float]:
+    biases = {int(token_id): bias for token_id, bias in (body.logit_bias or {}).items()}
+    limits.check_ids("logit_bias", biases)
+    return biases
 
 
 def _or(value: float | None, default: float) -> float:

@@ -13,17 +13,21 @@ import msgspec
 from msgspec import Meta
 
 from flowkv.errors import RequestError
+from flowkv.server.structured import Constraint, OutputFormat, StructuredOutputs, constraint_of
 from flowkv.types import DEFERRED
 
 MAX_CHOICES = 2048  # of one body: prompts times n
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
+MAX_BIASES = 1024
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 Count = Annotated[int, Meta(ge=0, le=INT64_MAX)]
 Positive = Annotated[int, Meta(ge=1, le=INT64_MAX)]
 NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
+TokenKey = Annotated[str, Meta(pattern=r"^[0-9]{1,10}$")]
+LogitBias = Annotated[dict[TokenKey, Annotated[float, Meta(ge=-100.0, le=100.0)]], Meta(max_length=MAX_BIASES)]
 StopString = Annotated[str, Meta(min_length=1)]
 StopStrings = Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)]
 
@@ -60,8 +64,13 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
-    logit_bias: dict[str, float] | None = None
-    response_format: dict[str, Any] | None = None
+    logit_bias: LogitBias | None = None
+    response_format: OutputFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     use_beam_search: Any = None
     truncate_prompt_tokens: Any = None
     allowed_token_ids: Any = None
@@ -88,13 +97,18 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     def num_prompt_logprobs(self) -> int | None:
         return None
 
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the output must be. Raises `RequestError` (400) where that is not one thing."""
+        guided = StructuredOutputs(
+            json=self.guided_json, regex=self.guided_regex, choice=self.guided_choice, grammar=self.guided_grammar
+        )
+        return constraint_of(self.response_format, self.structured_outputs, guided)
+
     def check(self) -> None:
         """What no type can say. Raises `RequestError` (400) naming the field."""
         self._check_supported()
-        if self.logit_bias:
-            raise RequestError("logit_bias is not supported", param="logit_bias")
-        if self.response_format and self.response_format.get("type") != "text":
-            raise RequestError("response_format other than text is not supported", param="response_format")
+        _ = self.constraint
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options needs stream to be true", param="stream_options")
 
@@ -107,7 +121,7 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
 StructT = TypeVar("StructT", bound=msgspec.Struct)
 BodyT = TypeVar("BodyT", bound=GenerationBody)
 
-_PATH = re.compile(r" - at `\$\.?(.*)`$")
+_PATH = re.compile(r" - at (?:`key` in )?`\$\.?(.*)`$")
 
 
 def decode_checked(decoder: "msgspec.json.Decoder[BodyT]", data: bytes) -> BodyT:

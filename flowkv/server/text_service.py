@@ -11,10 +11,13 @@ from flowkv.config import ServerConfig
 from flowkv.errors import RequestError
 from flowkv.server.frontend import Frontend, TextOptions
 from flowkv.server.generation import GenerationResponse
-from flowkv.server.parameters import build_request
+from flowkv.server.grammar_check import GrammarCheck
+from flowkv.server.parameters import Binding, build_request
 from flowkv.server.protocol import GenerationBody
 from flowkv.server.request_id import request_id_of
 from flowkv.server.response import Head, ResponseFormat, Usage
+from flowkv.server.structured import Constraint
+from flowkv.server.tools.plan import ToolPlanner
 
 INLINE_TEXT_CHARS = 16384  # longer texts are tokenized in a thread, so that they do not hold up every open stream
 
@@ -25,6 +28,8 @@ class TextService:
         self.frontend = frontend
         self.tokenizer = frontend.tokenizer
         self.model_name = model_name
+        self.tool_planner = ToolPlanner(self.tokenizer.tool_template, config.tool_parser)
+        self._grammar_check = GrammarCheck(self.tokenizer)
         self._max_body_bytes = config.max_body_bytes
 
     async def read(self, request: Request) -> bytes:
@@ -58,20 +63,37 @@ class TextService:
     async def off_loop(self, num_chars: int, encode: Callable[[], list[int]]) -> list[int]:
         return encode() if num_chars <= INLINE_TEXT_CHARS else await asyncio.to_thread(encode)
 
-    def requests(self, head: Head, body: GenerationBody, prompts: list[list[int]]) -> list[types.Request]:
+    async def binding(self, constraint: Constraint | None) -> Binding:
+        """Raises `RequestError` (400) where no output can follow it."""
+        if constraint is None:
+            return Binding()
+        return Binding(constraint.grammar, await self._grammar_check.check(constraint.grammar, constraint.param))
+
+    def requests(
+        self, head: Head, body: GenerationBody, prompts: list[list[int]], binding: Binding
+    ) -> list[types.Request]:
         """One for each prompt's ids. Raises `RequestError` for what this cluster cannot do."""
         limits = self.frontend.limits()
         eos_ids = self.tokenizer.eos_token_ids
         return [
-            build_request(f"{head.response_id}-{number}", body, prompt_ids, limits, eos_ids)
+            build_request(f"{head.response_id}-{number}", body, prompt_ids, limits, eos_ids, binding)
             for number, prompt_ids in enumerate(prompts)
         ]
 
     def respond(
-        self, body: GenerationBody, requests: list[types.Request], shape: ResponseFormat, arrival_s: float
+        self,
+        body: GenerationBody,
+        requests: list[types.Request],
+        shape: ResponseFormat,
+        arrival_s: float,
+        kept_tokens: tuple[str, ...] = (),
     ) -> GenerationResponse:
+        """`kept_tokens`: special ones that show in the text whatever the client says."""
         options = TextOptions(
-            body.stop_strings, bool(body.include_stop_str_in_output), body.skip_special_tokens is not False
+            body.stop_strings,
+            bool(body.include_stop_str_in_output),
+            body.skip_special_tokens is not False,
+            kept_tokens,
         )
         return GenerationResponse(
             self.frontend.submit(requests, options, arrival_s),

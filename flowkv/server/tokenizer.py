@@ -7,10 +7,11 @@ from typing import Any, Protocol
 from flowkv.errors import RequestError
 from flowkv.grammar.vocabulary import Vocabulary
 from flowkv.model_files import eos_token_ids, load_tokenizer, read_json, special_tokens
-from flowkv.server.chat_template import ChatTemplate
+from flowkv.server.chat_template import ChatTemplate, Conversation
 from flowkv.server.detokenizer import Detokenizer, WindowDetokenizer
 from flowkv.server.token_bytes import token_bytes
 
+TEMPLATES = ("default", "tool_use")
 SENTENCEPIECE_SPACE = "\u2581"
 
 
@@ -20,12 +21,17 @@ class Tokenizer(Protocol):
     @property
     def eos_token_ids(self) -> frozenset[int]: ...
 
+    @property
+    def tool_template(self) -> str | None:
+        """The source of the chat template that shows tools; None where no template does."""
+        ...
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """A plain prompt, with the special tokens that the model expects around it unless they are not wanted."""
         ...
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """A conversation up to where the assistant begins. Raises `RequestError` if the template refuses it."""
+    def encode_chat(self, conversation: Conversation) -> list[int]:
+        """A conversation up to where the assistant begins or goes on. Raises `RequestError` where it cannot be."""
         ...
 
     def decode(self, token_ids: list[int]) -> str:
@@ -44,7 +50,9 @@ class Tokenizer(Protocol):
         """What it adds to the text in UTF-8; maybe a part of a character."""
         ...
 
-    def detokenizer(self, *, skip_special_tokens: bool) -> Detokenizer: ...
+    def detokenizer(self, *, skip_special_tokens: bool, kept: tuple[str, ...] = ()) -> Detokenizer:
+        """`kept` are special tokens that show in the text nevertheless."""
+        ...
 
     def vocabulary(self) -> Vocabulary:
         """For grammars; takes a while. Raises `GrammarError` where none can bind this tokenizer."""
@@ -58,7 +66,7 @@ class ModelTokenizer:
         """Raises `ModelError` where the folder holds no readable tokenizer."""
         self._tokenizer = load_tokenizer(folder)
         config = read_json(folder / "tokenizer_config.json")
-        self._template = _load_template(folder, config)
+        self._templates = _load_templates(folder, config)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.eos_token_ids = eos_token_ids(folder, self._tokenizer)
@@ -67,17 +75,25 @@ class ModelTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        if self._template is None:
+    @property
+    def tool_template(self) -> str | None:
+        template = self._template(with_tools=True)
+        return template.source if template is not None and template.takes_tools else None
+
+    def encode_chat(self, conversation: Conversation) -> list[int]:
+        template = self._template(with_tools=conversation.tools is not None)
+        if template is None:
             raise RequestError("this model has no chat template: use /v1/completions", code="no_chat_template")
         # The template writes the special tokens itself.
-        return self._tokenizer.encode(self._template.render(messages), add_special_tokens=False).ids
+        return self._tokenizer.encode(template.render(conversation), add_special_tokens=False).ids
 
     def decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
-    def detokenizer(self, *, skip_special_tokens: bool) -> WindowDetokenizer:
-        return WindowDetokenizer(self.decode, self._special_ids if skip_special_tokens else frozenset())
+    def detokenizer(self, *, skip_special_tokens: bool, kept: tuple[str, ...] = ()) -> WindowDetokenizer:
+        if not skip_special_tokens:
+            return WindowDetokenizer(self.decode, frozenset())
+        return WindowDetokenizer(self.decode, self._special_ids - {self._tokenizer.token_to_id(text) for text in kept})
 
     def token_piece(self, token_id: int) -> str:
         return self._tokenizer.id_to_token(token_id) or ""
@@ -88,6 +104,11 @@ class ModelTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return token_bytes(self.token_text(token_id), self._tokenizer.id_to_token(token_id))
 
+    def _template(self, *, with_tools: bool) -> ChatTemplate | None:
+        """Some models have one of its own for conversations with tools."""
+        default = self._templates.get("default")
+        return self._templates.get("tool_use", default) if with_tools else default
+
     def _token_text(self, token_id: int) -> str:
         text = self.decode([token_id])
         token = self._tokenizer.id_to_token(token_id) or ""
@@ -95,9 +116,15 @@ class ModelTokenizer:
         return f" {text}" if token.startswith(SENTENCEPIECE_SPACE) and not text.startswith(" ") else text
 
 
-def _load_template(folder: Path, tokenizer_config: dict[str, Any]) -> ChatTemplate | None:
+def _load_templates(folder: Path, tokenizer_config: dict[str, Any]) -> dict[str, ChatTemplate]:
+    """By name: "default", and maybe others for some uses."""
     path = folder / "chat_template.jinja"
-    source = path.read_text(encoding="utf-8") if path.is_file() else tokenizer_config.get("chat_template")
-    if isinstance(source, list):  # several, by name
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    return None if source is None else ChatTemplate(source, special_tokens(tokenizer_config))
+    found = path.read_text(encoding="utf-8") if path.is_file() else tokenizer_config.get("chat_template")
+    if isinstance(found, list):
+        sources = {entry["name"]: entry["template"] for entry in found}
+    else:
+        sources = {} if found is None else {"default": found}
+    for path in sorted(folder.glob("additional_chat_templates/*.jinja")):
+        sources[path.stem] = path.read_text(encoding="utf-8")
+    tokens = special_tokens(tokenizer_config)
+    return {name: ChatTemplate(source, tokens) for name, source in sources.items() if name in TEMPLATES}

@@ -8,10 +8,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flowkv.errors import RequestError
-from flowkv.server.chat_body import ChatMessage
+from flowkv.server.chat_body import check_messages, check_template_use
+from flowkv.server.chat_message import ChatMessage
+from flowkv.server.chat_template import Conversation
 from flowkv.server.endpoint import Endpoint, json_response
 from flowkv.server.protocol import decode
 from flowkv.server.text_service import TextService
+from flowkv.server.tool_body import Tools
 
 
 class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,6 +25,10 @@ class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
     messages: Annotated[list[ChatMessage], Meta(min_length=1)] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
+    tools: Tools | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class Tokenized(msgspec.Struct):
@@ -62,10 +69,11 @@ class TokensApi:
 
     async def tokenize(self, request: Request) -> Response:
         service = self._service
-        body = decode(_tokenize_decoder, await service.read(request))
+        data = await service.read(request)
+        body = decode(_tokenize_decoder, data)
         service.check_model(body.model)
         limits = service.frontend.limits()
-        token_ids = await self._ids(body)
+        token_ids = await self._ids(body, len(data))
         texts = [service.tokenizer.token_piece(token_id) for token_id in token_ids] if body.return_token_strs else None
         return json_response(Tokenized(len(token_ids), limits.max_request_tokens, token_ids, texts))
 
@@ -76,16 +84,20 @@ class TokensApi:
         service.frontend.limits().check_ids("tokens", body.tokens)
         return json_response(Detokenized(service.tokenizer.decode(body.tokens)))
 
-    async def _ids(self, body: TokenizeBody) -> list[int]:
+    async def _ids(self, body: TokenizeBody, num_chars: int) -> list[int]:
         service = self._service
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("either prompt or messages is needed, and not both", param="prompt")
         if body.prompt is not None:
             return await service.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
-        messages: list[dict[str, Any]] = []
-        for number, message in enumerate(body.messages or []):
-            message.check(f"messages[{number}]")
-            messages.append(message.plain())
-        return await service.off_loop(
-            sum(len(message["content"]) for message in messages), lambda: service.tokenizer.encode_chat(messages)
+        messages = body.messages or []
+        check_messages(messages)
+        check_template_use(body.add_generation_prompt, body.continue_final_message, body.chat_template_kwargs)
+        conversation = Conversation(
+            [message.plain() for message in messages],
+            [msgspec.to_builtins(tool) for tool in body.tools] if body.tools else None,
+            body.add_generation_prompt is not False,
+            bool(body.continue_final_message),
+            body.chat_template_kwargs or {},
         )
+        return await service.off_loop(num_chars, lambda: service.tokenizer.encode_chat(conversation))

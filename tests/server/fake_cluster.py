@@ -24,7 +24,7 @@ from flowkv.wire import Mailbox, Outbox, SyncContext
 Answer = Callable[[Request], list[Output | Rejected]]
 
 VOCAB_SIZE = 512
-CONTEXT_TOKENS = 200
+CONTEXT_TOKENS = 1000
 
 
 def status(*, ready: bool = True, max_request_tokens: int = CONTEXT_TOKENS) -> ClusterStatus:

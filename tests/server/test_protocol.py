@@ -60,10 +60,18 @@ BAD_FIELDS: list[tuple[str, Any]] = [
     ("stream", 1),
     ("stream_options", {"include_usage": True}),
     ("stream_options", []),
-    ("logit_bias", {"5": 1}),
+    ("logit_bias", {"x": 1}),
+    ("logit_bias", {"-1": 1}),
+    ("logit_bias", {"5": 101}),
+    ("logit_bias", {str(number): 1 for number in range(1025)}),
+    ("response_format", {"type": "xml"}),
+    ("response_format", {"type": "json_schema"}),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "x"}}),
+    ("guided_json", 5),
+    ("guided_choice", "x"),
+    ("structured_outputs", {"regex": 5}),
     ("use_beam_search", True),
     ("truncate_prompt_tokens", 5),
-    ("response_format", {"type": "json_object"}),
 ]
 BAD_COMPLETION: list[tuple[str, Any]] = [
     ("prompt", ""),
@@ -91,7 +99,8 @@ BAD_CHAT: list[tuple[str, Any]] = [
     ("messages", [{"content": "hi"}]),
     ("messages", [{"role": "user"}]),
     ("messages", [{"role": "wizard", "content": "hi"}]),
-    ("messages", [{"role": "tool", "content": "hi"}]),
+    ("messages", [{"role": "tool"}]),
+    ("messages", [{"role": "assistant", "content": "x", "function_call": {"name": "f", "arguments": ""}}]),
     ("messages", [{"role": "user", "content": 5}]),
     ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
     ("messages", [{"role": "user", "content": [{"type": "text"}]}]),
@@ -101,8 +110,17 @@ BAD_CHAT: list[tuple[str, Any]] = [
     ("logprobs", 1),
     ("top_logprobs", 3),
     ("tools", [{"type": "function"}]),
+    ("tools", [{"type": "function", "function": {"name": "a b"}}]),
+    ("tools", [{"type": "web_search"}]),
+    ("tools", [{"type": "function", "function": {"name": "f"}}] * 2),
+    ("tools", [{"type": "function", "function": {"name": f"f{number}"}} for number in range(129)]),
     ("functions", [{}]),
+    ("function_call", {"name": "f"}),
     ("tool_choice", "required"),
+    ("tool_choice", "some"),
+    ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+    ("continue_final_message", True),
+    ("chat_template_kwargs", {"tools": []}),
     ("modalities", ["audio"]),
     ("audio", {"voice": "x"}),
 ]
@@ -196,6 +214,7 @@ def test_harmless_forms_of_unsupported_fields_pass() -> None:
         "tool_choice": "none",
         "response_format": {"type": "text"},
         "logit_bias": {},
+        "structured_outputs": {},
         "modalities": ["text"],
         "stop": [],
     }
@@ -206,3 +225,66 @@ def test_text_parts_are_joined() -> None:
     content = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     body = decode_chat(json.dumps({"messages": [{"role": "user", "content": content}]}).encode())
     assert body.messages[0].plain() == {"role": "user", "content": "a\nb"}
+
+
+TOOL_MESSAGES = [
+    {"role": "user", "content": "hi"},
+    {
+        "role": "assistant",
+        "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}],
+    },
+    {"role": "tool", "tool_call_id": "a", "name": "f", "content": "2"},
+    {"role": "assistant", "content": "so", "reasoning_content": "hm"},
+]
+
+
+def test_messages_of_tools_are_as_templates_take_them() -> None:
+    body = decode_chat(json.dumps({"messages": TOOL_MESSAGES}).encode())
+    assert [message.plain() for message in body.messages] == [
+        {"role": "user", "content": "hi"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+        },
+        {"role": "tool", "content": "2", "name": "f", "tool_call_id": "a"},
+        {"role": "assistant", "content": "so", "reasoning_content": "hm", "thinking": "hm"},
+    ]
+
+
+@pytest.mark.parametrize("arguments", ["{", "[1]", "5", "[" * 100_000])
+def test_arguments_that_are_no_object_are_refused(arguments: str) -> None:
+    calls = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}]
+    error = complaint(json.dumps({"messages": [{"role": "assistant", "tool_calls": calls}]}).encode(), chat=True)
+    assert "messages[0].tool_calls[0].function.arguments" in error.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "text", "param"),
+    [
+        ({"response_format": {"type": "json_object"}}, "json_object", "", "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "null"}, "strict": True}}},
+            "json_schema", '{"type": "null"}', "response_format",
+        ),
+        ({"guided_json": {"type": "null"}}, "json_schema", '{"type": "null"}', "guided_json"),
+        ({"guided_json": '{"type":"null"}'}, "json_schema", '{"type":"null"}', "guided_json"),
+        ({"guided_regex": "a+"}, "regex", "a+", "guided_regex"),
+        ({"guided_choice": ["a", "é"]}, "choice", '["a", "é"]', "guided_choice"),
+        ({"guided_grammar": 'start: "a"'}, "grammar", 'start: "a"', "guided_grammar"),
+        ({"structured_outputs": {"json": {}}}, "json_schema", "{}", "structured_outputs"),
+        ({"structured_outputs": {"json_object": True}}, "json_object", "", "structured_outputs"),
+        ({"structured_outputs": {"regex": "b"}}, "regex", "b", "structured_outputs"),
+        ({"structured_outputs": {"choice": ["a"]}}, "choice", '["a"]', "structured_outputs"),
+        ({"structured_outputs": {"grammar": "x"}}, "grammar", "x", "structured_outputs"),
+    ],
+)  # fmt: skip
+def test_structured_output_in_each_of_its_forms(fields: dict[str, Any], kind: str, text: str, param: str) -> None:
+    constraint = decode_completion(json.dumps({"prompt": "a", **fields}).encode()).constraint
+    assert constraint is not None
+    assert (constraint.grammar.kind, constraint.grammar.text, constraint.param) == (kind, text, param)
+
+
+def test_two_grammars_at_once_are_refused() -> None:
+    body = {"prompt": "a", "guided_regex": "a", "response_format": {"type": "json_object"}}
+    assert complaint(json.dumps(body).encode()).param == "guided_regex"

@@ -5,7 +5,7 @@ import pytest
 
 from flowkv.errors import ModelError, RequestError
 from flowkv.server.byte_tokenizer import ByteTokenizer
-from flowkv.server.chat_template import ChatTemplate
+from flowkv.server.chat_template import Conversation
 from flowkv.server.tokenizer import ModelTokenizer
 from tests.server.bpe import make_model_folder
 
@@ -33,12 +33,15 @@ def test_special_tokens_only_where_they_are_wanted(tokenizer: ModelTokenizer) ->
 
 def test_chats_are_rendered_once_with_the_template_s_own_special_tokens(tokenizer: ModelTokenizer) -> None:
     messages = [{"role": "system", "content": " be brief "}, {"role": "user", "content": "hi"}]
-    assert tokenizer.decode(tokenizer.encode_chat(messages)) == "<bos><system>be brief\n<user>hi\n<assistant>"
+    assert (
+        tokenizer.decode(tokenizer.encode_chat(Conversation(messages)))
+        == "<bos><system>be brief\n<user>hi\n<assistant>"
+    )
 
 
 def test_the_template_s_own_complaint_reaches_the_client(tokenizer: ModelTokenizer) -> None:
     with pytest.raises(RequestError, match="system comes first") as caught:
-        tokenizer.encode_chat([{"role": "user", "content": "hi"}, {"role": "system", "content": "x"}])
+        tokenizer.encode_chat(Conversation([{"role": "user", "content": "hi"}, {"role": "system", "content": "x"}]))
     assert (caught.value.status, caught.value.param) == (400, "messages")
 
 
@@ -55,7 +58,7 @@ def test_template_file_goes_before_the_configuration(folder: Path, tmp_path: Pat
     make_model_folder(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
     tokenizer = ModelTokenizer(tmp_path)
-    assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "hi"}])) == "hi!"
+    assert tokenizer.decode(tokenizer.encode_chat(Conversation([{"role": "user", "content": "hi"}]))) == "hi!"
 
 
 @pytest.mark.parametrize("template", [None, [{"name": "rag", "template": "x"}]])
@@ -63,7 +66,7 @@ def test_no_chat_template_is_the_client_s_error(tmp_path: Path, template: object
     make_model_folder(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     with pytest.raises(RequestError, match="/v1/completions"):
-        ModelTokenizer(tmp_path).encode_chat([{"role": "user", "content": "hi"}])
+        ModelTokenizer(tmp_path).encode_chat(Conversation([{"role": "user", "content": "hi"}]))
 
 
 def test_named_templates_use_the_default(tmp_path: Path) -> None:
@@ -71,7 +74,30 @@ def test_named_templates_use_the_default(tmp_path: Path) -> None:
     named = [{"name": "rag", "template": "x"}, {"name": "default", "template": "d"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     tokenizer = ModelTokenizer(tmp_path)
-    assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "hi"}])) == "d"
+    assert tokenizer.decode(tokenizer.encode_chat(Conversation([{"role": "user", "content": "hi"}]))) == "d"
+
+
+def test_conversations_with_tools_have_a_template_of_their_own(tmp_path: Path) -> None:
+    make_model_folder(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("plain")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools[0].type }}")
+    tokenizer = ModelTokenizer(tmp_path)
+    messages = [{"role": "user", "content": "hi"}]
+    assert tokenizer.tool_template == "{{ tools[0].type }}"
+    assert tokenizer.decode(tokenizer.encode_chat(Conversation(messages))) == "plain"
+    assert tokenizer.decode(tokenizer.encode_chat(Conversation(messages, [{"type": "function"}]))) == "function"
+
+
+def test_a_template_without_tools_shows_none(tokenizer: ModelTokenizer) -> None:
+    assert tokenizer.tool_template is None
+
+
+def test_special_tokens_can_be_kept(tokenizer: ModelTokenizer) -> None:
+    ids = tokenizer.encode("the<end>dog<eos>")
+    for kept, text in (((), "thedog"), (("<end>",), "the<end>dog"), (("<nothing>",), "thedog")):
+        detokenizer = tokenizer.detokenizer(skip_special_tokens=True, kept=kept)
+        assert "".join([detokenizer.push(token_id) for token_id in ids]) + detokenizer.flush() == text
 
 
 @pytest.mark.parametrize(
@@ -94,28 +120,11 @@ def test_a_broken_folder_is_a_model_error(tmp_path: Path, name: str, text: str |
         ModelTokenizer(tmp_path)
 
 
-def test_templates_have_what_transformers_gives_them() -> None:
-    source = (
-        "{%- set found = namespace(n=0) %}{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}"
-        "{% set found.n = found.n + 1 %}{% generation %}{{ m.content | tojson }}{% endgeneration %}{% endfor %}"
-        "{{ found.n }}{{ tools is none }}{{ strftime_now('%Y') | length }}"
-    )
-    messages = [{"role": "user", "content": content} for content in ("<é>", "b", "c")]
-    assert ChatTemplate(source, {}).render(messages) == '"<é>""b"2True4'
-
-
-def test_templates_cannot_leave_the_sandbox() -> None:
-    for source in (
-        "{{ ''.__class__.__mro__ }}",
-        "{% set n = namespace() %}{% set n._x = 1 %}",
-        "{{ messages.clear() }}",
-    ):
-        with pytest.raises(RequestError):
-            ChatTemplate(source, {}).render([{"role": "user", "content": "hi"}])
-
-
 def test_bytes_are_tokens() -> None:
     tokenizer = ByteTokenizer()
     assert tokenizer.encode("é") == [0xC3, 0xA9]
-    assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "hi"}])) == "user: hi\nassistant: "
+    assert (
+        tokenizer.decode(tokenizer.encode_chat(Conversation([{"role": "user", "content": "hi"}])))
+        == "user: hi\nassistant: "
+    )
     assert tokenizer.eos_token_ids == frozenset()

@@ -1,0 +1,1 @@
+"""Tool calls: the texts that models write them as, read while they come."""
