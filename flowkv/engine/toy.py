@@ -38,7 +38,8 @@ class ToyRunner:
         started_s = time.perf_counter()
         self.copy_blocks(batch.copies)
         items = [self._run_item(item) for item in batch.items]
-        time.sleep(max(0.0, self._step_s - (time.perf_counter() - started_s)))
+        if (rest_s := self._step_s - (time.perf_counter() - started_s)) > 0:
+            time.sleep(rest_s)
         return BatchResult(batch.batch_id, items, forward_seconds=time.perf_counter() - started_s)
 
     def copy_blocks(self, copies: tuple[tuple[int, int], ...]) -> None:
