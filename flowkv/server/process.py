@@ -53,7 +53,9 @@ def run_frontend(spec: FrontendSpec) -> int:
     try:
         with Site(spec.server, spec.limits) as site:
             tokenizer = _tokenizer(spec)
-            uvloop.run(_serve(spec, site, lambda: _frontend(spec, context, outbox, tokenizer), outbox))
+            early: list[int] = []  # SIGTERM, before the event loop takes it; an exception would break the loop
+            signal.signal(signal.SIGTERM, lambda number, _: early.append(number))
+            uvloop.run(_serve(spec, site, lambda: _frontend(spec, context, outbox, tokenizer), outbox, early))
     except FlowKVError as error:
         outbox.send(spec.launcher_address, StartFailed(spec.name, str(error)))
         return 1
@@ -75,7 +77,9 @@ def _frontend(spec: FrontendSpec, context: SyncContext, outbox: Outbox, tokenize
     )  # fmt: skip
 
 
-async def _serve(spec: FrontendSpec, site: Site, make_frontend: Callable[[], Frontend], outbox: Outbox) -> None:
+async def _serve(
+    spec: FrontendSpec, site: Site, make_frontend: Callable[[], Frontend], outbox: Outbox, early: list[int]
+) -> None:
     frontend = make_frontend()
     app = create_app(frontend, spec.model_name, spec.server)
     url, *operators_urls = site.urls
@@ -97,6 +101,8 @@ async def _serve(spec: FrontendSpec, site: Site, make_frontend: Callable[[], Fro
     )  # fmt: skip
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
     asyncio.get_running_loop().add_signal_handler(DRAIN_SIGNAL, draining.begin)
+    if early:
+        stop()
     try:
         async with asyncio.TaskGroup() as group:
             receiving = group.create_task(frontend.run())

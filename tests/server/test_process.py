@@ -23,7 +23,12 @@ MAIN = """
 import sys
 from flowkv.config import ServerConfig
 from flowkv.server.process import FrontendSpec, run_frontend
-host, port, mailbox, controller, launcher, folder = sys.argv[1:]
+host, port, mailbox, controller, launcher, folder, early = sys.argv[1:]
+if early:  # told to stop while it starts
+    import os, signal
+    from flowkv.server import process
+    create_app = process.create_app
+    process.create_app = lambda *args: os.kill(os.getpid(), signal.SIGTERM) or create_app(*args)
 server = ServerConfig(host=host, port=int(port))
 code = run_frontend(FrontendSpec("f0", mailbox, controller, launcher, server, folder or None, "toy"))
 assert not {"torch", "transformers"} & set(sys.modules)
@@ -38,9 +43,11 @@ class Launcher:
         self._context = zmq.Context()
         self.mailbox = Mailbox(self._context, f"ipc://{folder}/launcher")
 
-    def start(self, host: str = "127.0.0.1", port: int = 0, model_folder: str = "") -> "subprocess.Popen[bytes]":
+    def start(
+        self, host: str = "127.0.0.1", port: int = 0, model_folder: str = "", early: str = ""
+    ) -> "subprocess.Popen[bytes]":
         addresses = [f"ipc://{self._folder}/f0", self._controller_address, self.mailbox.address]
-        command = [sys.executable, "-W", "error", "-c", MAIN, host, str(port), *addresses, model_folder]
+        command = [sys.executable, "-W", "error", "-c", MAIN, host, str(port), *addresses, model_folder, early]
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE)
         return self._process
 
@@ -100,6 +107,10 @@ def test_serves_until_sigterm_and_ends_open_streams(launcher: Launcher, cluster:
     assert end_of(process) == (0, b"")
     # One may come twice: an output that was on its way when its request was forgotten is answered with an abort again.
     cluster.wait_for(lambda: len(set(cluster.aborts)) == 2)
+
+
+def test_a_sigterm_that_comes_before_the_event_loop_runs_ends_it_too(launcher: Launcher) -> None:
+    assert end_of(launcher.start(early="SIGTERM")) == (0, b"")
 
 
 def test_a_busy_port_is_one_line_to_the_launcher(launcher: Launcher) -> None:
