@@ -1,11 +1,15 @@
 """NIXL as this project uses it: agents over UCX that know one pool. Each is used from one thread."""
 
+import contextlib
 import importlib
 import logging
 import os
 import secrets
+import sys
 from collections.abc import Callable
 from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import msgspec
@@ -15,6 +19,7 @@ import numpy.typing as npt
 from flowkv.errors import ConfigError
 from flowkv.kv.pool import KvPool
 
+_BUILDS = ("nixl_cu13", "nixl_cu12")
 _GREETING = b"hello"  # the notification that opens the way for those that matter
 _GREETING_BYTES = 64  # read along with it
 _MEMORY = "DRAM"
@@ -40,8 +45,9 @@ class Nixl:
         os.environ.setdefault("NIXL_LOG_LEVEL", "FATAL")  # what fails is raised, and logged by those who catch it
         os.environ.setdefault("UCX_LOG_LEVEL", "fatal")
         try:
-            self._api = importlib.import_module("nixl._api")
-            self._bindings = importlib.import_module("nixl._bindings")
+            package = _package()
+            self._api = importlib.import_module(f"{package}._api")
+            self._bindings = importlib.import_module(f"{package}._bindings")
         except ImportError as error:
             raise ConfigError(f"NIXL cannot be used ({error}): pip install 'flowkv[nixl]'") from error
         names = [name for name in vars(self._bindings) if name.startswith("nixl") and name.endswith("Error")]
@@ -71,6 +77,15 @@ class Nixl:
 
     def region(self, address: int, num_bytes: int, device: int) -> Any:
         return self._bindings.nixlRegDList(self._bindings.DRAM_SEG, [(address, num_bytes, device, "")])
+
+
+def _package() -> str:
+    """`nixl` picks its build for torch's CUDA. If torch has none it imports all of torch to learn that: two seconds. Then
+    any build will do."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        if "torch" not in sys.modules and metadata.version("torch").endswith("+cpu"):
+            return next(filter(find_spec, _BUILDS), "nixl")
+    return "nixl"
 
 
 def _no_transport(error: Exception) -> ConfigError:
