@@ -1,6 +1,6 @@
 # Every target first makes sure of .venv, so that a fresh clone needs nothing but `make TARGET`.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check train bench clean distclean
+.PHONY: help venv demo test test-all check train bench clean distclean
 
 VENV := .venv
 STAMP := $(VENV)/installed
@@ -8,7 +8,8 @@ RUN := $(VENV)/bin/python
 
 help: $(STAMP)
 	@echo "make demo       one prefill and one decode instance on the bundled model: eight prompts, then the figures"
-	@echo "make test       the whole test suite"
+	@echo "make test       every test but the slow ones, with a part of the seeds and examples: some minutes"
+	@echo "make test-all   all of it"
 	@echo "make check      lint, format, types and import rules"
 	@echo "make bench      prefill and decode apart, both together, and roles by load, on a trace (results/serve.json)"
 	@echo "make train      train the bundled model again (about an hour; goes on where it was stopped)"
@@ -26,6 +27,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@scripts/test
+
+test-all: $(STAMP)
+	@scripts/test --thorough
 
 check: $(STAMP)
 	@scripts/check

@@ -8,12 +8,23 @@ os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OF
 import pytest
 from hypothesis import settings
 
+from tests.effort import THOROUGH
+
 settings.register_profile("flowkv", deadline=None, print_blob=True)
 settings.load_profile("flowkv")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none. torch is loaded only if such a test was collected."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the slow ones to `make test-all`, and the long ones for no worker's end."""
+    if not THOROUGH:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+    _skip_gpu(items)
+
+
+def _skip_gpu(items: list[pytest.Item]) -> None:
+    """What needs one, where there is none. torch is loaded only if such a test was collected."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

@@ -80,8 +80,8 @@ class Nixl:
 
 
 def _package() -> str:
-    """`nixl` picks its build for torch's CUDA. If torch has none it imports all of torch to learn that: two seconds. Then
-    any build will do."""
+    """`nixl` picks its build for torch's CUDA. Where torch has none it imports all of torch to learn that, two seconds,
+    and then any build will do."""
     with contextlib.suppress(metadata.PackageNotFoundError):
         if "torch" not in sys.modules and metadata.version("torch").endswith("+cpu"):
             return next(filter(find_spec, _BUILDS), "nixl")

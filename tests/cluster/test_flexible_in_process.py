@@ -10,6 +10,7 @@ from flowkv.config import SchedulingConfig
 from flowkv.messages import Drain, SetRole
 from flowkv.types import FinishReason, Role
 from tests.cluster_in_process import CONTROLLER, Cluster, Faults
+from tests.effort import seeds
 from tests.engine.test_cluster_in_process import D, M, P, prompt, reference
 
 QUIET = Faults(beat=0.01)  # time passes, and nothing comes to harm
@@ -102,17 +103,17 @@ def disturbed(seed: int, faults: Faults, *, drains: bool, aborts: bool) -> Run:
     return run
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", seeds(40))
 def test_flips_at_any_moment_change_no_answer(seed: int) -> None:
     disturbed(seed, QUIET, drains=False, aborts=False).check()
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", seeds(40))
 def test_flips_drains_and_aborts(seed: int) -> None:
     disturbed(seed, QUIET, drains=True, aborts=True).check()
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", seeds(40))
 def test_the_same_over_a_network_that_loses_and_doubles(seed: int) -> None:
     disturbed(seed, NETWORK, drains=True, aborts=True).check()
 

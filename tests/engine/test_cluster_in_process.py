@@ -11,6 +11,7 @@ from flowkv.engine.batch import Batch, BatchResult, Draw, ItemResult
 from flowkv.engine.toy import ToyRunner
 from flowkv.types import NO_TOKEN, FinishReason, Role
 from tests.cluster_in_process import Cluster
+from tests.effort import examples
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 
@@ -172,7 +173,7 @@ roles = st.sampled_from([[P, D], [P, P, D], [P, D, D], [M], [M, M], [P, D, M]])
 shapes = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 12), st.integers(1, 3)), min_size=1, max_size=7)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(roles, shapes, st.integers(0, 10**6), st.integers(20, 60))
 def test_every_interleaving_gives_the_same_tokens_and_frees_every_block(
     roles: list[Role], shapes: list[tuple[int, int, int]], seed: int, num_blocks: int
@@ -191,7 +192,7 @@ def test_every_interleaving_gives_the_same_tokens_and_frees_every_block(
     cluster.check_at_rest()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.sampled_from([[P, D], [P, P, D, D]]), st.integers(0, 10**6))
 def test_requests_may_come_while_instances_are_still_getting_to_know_each_other(roles: list[Role], seed: int) -> None:
     cluster = Cluster(roles, seed=seed, settled=False)
@@ -205,7 +206,7 @@ def test_requests_may_come_while_instances_are_still_getting_to_know_each_other(
     cluster.check_at_rest()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(roles, shapes, st.integers(0, 10**6), st.integers(20, 60), st.data())
 def test_aborts_at_any_moment_leave_no_block_behind(
     roles: list[Role], shapes: list[tuple[int, int, int]], seed: int, num_blocks: int, data: st.DataObject
@@ -221,7 +222,7 @@ def test_aborts_at_any_moment_leave_no_block_behind(
     cluster.check_at_rest()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.sampled_from([[P, P, D, D], [P, D, M], [M, M]]), shapes, st.integers(0, 10**6), st.data())
 def test_instances_killed_at_any_moment_leave_no_block_behind_on_the_others(
     roles: list[Role], shapes: list[tuple[int, int, int]], seed: int, data: st.DataObject

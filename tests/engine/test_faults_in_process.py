@@ -5,13 +5,14 @@ import random
 import pytest
 
 from tests.cluster_in_process import Cluster, Faults
+from tests.effort import seeds
 from tests.engine.test_cluster_in_process import D, M, P, prompt, reference
 
 NETWORK = Faults(lost=0.1, doubled=0.1, late=0.2)
 LINKS = Faults(failed_write=0.15, lost_arrival=0.1)
 ALL = Faults(lost=0.05, doubled=0.1, late=0.15, failed_write=0.05, lost_arrival=0.05)
 ROLES = [[P, D], [P, P, D], [P, D, D], [P, P, D, D], [P, D, M]]
-SEEDS = range(100)
+SEEDS = seeds(100)
 
 
 class Run:

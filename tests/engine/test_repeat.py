@@ -20,6 +20,7 @@ from flowkv.engine.toy import ToyRunner, toy_layout
 from flowkv.messages import Abort, Dispatch, Drain, LoadReport, Message, Outputs, PeerInfo, PeerUp, Renew, SetRole
 from flowkv.transfer.base import Arrived, Linked, Written
 from flowkv.types import NO_TOKEN, FinishReason, Request, Role, SamplingParams
+from tests.effort import examples
 from tests.pools import descriptor
 
 DELAY_S = 0.003  # of a message
@@ -230,7 +231,7 @@ def play(seed: int, max_repeats: int) -> World:
     return world
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([7, 10**6]))
 def test_steps_at_a_stretch_are_single_steps(seed: int, max_repeats: int) -> None:
     single, repeated = play(seed, 1), play(seed, max_repeats)

@@ -16,6 +16,7 @@ from flowkv.model.attention import Model, PlainModel
 from flowkv.model.fused import FusedModel
 from flowkv.model.loading import load_model
 from flowkv.model.packing import pack
+from tests.effort import examples
 from tests.model.tiny_models import CONFIGS, VOCAB_SIZE, modules, save_model
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -64,7 +65,7 @@ def logits(model: Model, name: str, dtype: str, chunks: Sequence[Sequence[int]],
     chunks=st.lists(st.lists(st.sampled_from([1, 1, 2, 7, 16]), min_size=1, max_size=4), min_size=1, max_size=4),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_it_gives_the_logits_of_the_modules(
     folders: dict[str, Path], name: str, dtype: str, chunks: list[list[int]], seed: int
 ) -> None:
@@ -73,7 +74,7 @@ def test_it_gives_the_logits_of_the_modules(
     plain, ours = (torch.cat(logits(model, name, dtype, chunks, seed)) for model in both(folders[name], dtype))
     assert ours.shape == right.shape
     if dtype == "float32":
-        assert ((ours - right).norm(dim=-1) / right.norm(dim=-1)).max() < TOLERANCE
+        assert ((ours - right).norm(dim=-1) <= TOLERANCE * right.norm(dim=-1)).all()  # which is 0 after a pad token
     else:
         assert (ours - right).norm() < 1.5 * (plain - right).norm() + 0.02 * right.norm()
 

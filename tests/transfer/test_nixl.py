@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 
 import msgspec
 import pytest
@@ -18,6 +19,7 @@ from flowkv.transfer.nixl import NixlTransfer
 from flowkv.transfer.plan import Run, plan_runs
 from flowkv.types import PoolDescriptor
 from tests.e2e.server import eventually
+from tests.effort import examples
 
 if importlib.util.find_spec("nixl") is None:
     pytest.skip("NIXL is not installed (pip install 'flowkv[nixl]')", allow_module_level=True)
@@ -142,7 +144,7 @@ def test_runs_land_where_they_should_and_are_counted_in_blocks(sides: tuple[Side
         assert d.block(i) == (p.block(source[i]) if i in source else before[i])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(src=st.permutations(range(8)), dst=st.permutations(range(8)), count=st.integers(0, 8))
 def test_any_blocks_can_be_written_to_any_blocks(
     sides: tuple[Side, Side], src: list[int], dst: list[int], count: int
@@ -334,7 +336,15 @@ def test_a_stopped_peer_holds_up_its_own_transfers_only() -> None:
     d.kill()
 
 
+def test_a_toy_instance_that_uses_nixl_loads_no_torch() -> None:
+    if not metadata.version("torch").endswith("+cpu"):
+        pytest.skip("torch has CUDA: NIXL reads of which version in a file of it")
+    code = "import sys; from flowkv.transfer.nixl_agent import Nixl; Nixl(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_where_nixl_is_missing_it_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nixl._api", None)
+    for package in ("nixl", "nixl_cu12", "nixl_cu13"):
+        monkeypatch.setitem(sys.modules, f"{package}._api", None)
     with pytest.raises(ConfigError, match=r"^NIXL .* pip install 'flowkv\[nixl\]'$"):
         Side("p")
