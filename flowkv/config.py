@@ -19,6 +19,7 @@ TOOL_PARSERS = (
 ROLE_POLICIES = ("flexible", "fixed")
 POLICIES = ("predicted_latency", "least_loaded")
 DEFAULT_LISTEN_PORT = 8100
+MAX_LOCAL_INSTANCES = 4096  # far above what a node can run: a misprint must not take the memory
 _STEP_FRACTION = 0.95
 _DECODE_STEP_FRACTION = 0.85  # of that on decode instances: whoever is handed over has waited for a step already
 _ROLE_SHARE = {Role.PREFILL: 1, Role.MIXED: 2, Role.DECODE: 4}  # parts of a step, one of them for prompts
@@ -285,8 +286,11 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             raise ValueError(f"device is one of {', '.join(DEVICES)}, not {self.device!r}")
         if not 0 <= self.toy_step_s < 60:
             raise ValueError(f"toy_step_s is a number of seconds under 60, not {self.toy_step_s}")
-        if min(self.prefill, self.decode, self.mixed) < 0 or not (self.roles or self.network.listen):
+        counts = (self.prefill, self.decode, self.mixed)
+        if min(counts) < 0 or not (any(counts) or self.network.listen):
             raise ValueError("a cluster needs at least one instance: set prefill, decode or mixed")
+        if sum(counts) > MAX_LOCAL_INSTANCES:
+            raise ValueError(f"a node has at most {MAX_LOCAL_INSTANCES} instances, not {sum(counts)}")
 
     @property
     def roles(self) -> list[Role]:

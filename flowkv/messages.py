@@ -7,10 +7,13 @@ Addresses are ZeroMQ endpoints. Names of instances are unique over the life of a
 again gets a new epoch in its name, so that a late message can never reach its successor.
 """
 
+from typing import Annotated
+
 import msgspec
 
 from flowkv.config import ClusterConfig
 from flowkv.types import (
+    Count,
     InstanceCounters,
     InstanceLoad,
     InstanceStatus,
@@ -21,6 +24,8 @@ from flowkv.types import (
     Regime,
     Request,
     Role,
+    Seconds,
+    TokenId,
 )
 
 RESTART_MARK = "~"  # in the name of an instance that takes the place of one that ended: decode-0, then decode-0~1
@@ -91,12 +96,12 @@ class StepSample(Message):
     on make `n * start + n * (n + 1) / 2`.
     """
 
-    prefill_tokens: int
-    prefill_pairs: int
-    decode_choices: int
-    decode_context_tokens: int  # KV slots read by decodes
-    seconds: float
-    num_steps: int = 1
+    prefill_tokens: Count
+    prefill_pairs: Count
+    decode_choices: Count
+    decode_context_tokens: Count  # KV slots read by decodes
+    seconds: Seconds
+    num_steps: Annotated[int, msgspec.Meta(ge=1)] = 1
 
 
 class LoadReport(Message):
@@ -256,7 +261,7 @@ class KvReady(Message):
     request_id: str
     attempt: int
     num_blocks: int
-    output_ids: dict[int, list[int]]
+    output_ids: dict[int, list[TokenId]]
 
 
 class Renew(Message):

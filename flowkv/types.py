@@ -2,11 +2,18 @@
 
 from collections.abc import Sequence
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
 
 NO_TOKEN = -1  # drawn where there is nothing to draw from
 DEFERRED = 2**31  # added to the priority of a request that will be late anyway, so that it makes no other late
+
+# Checked where a message is decoded, so that no process computes with what another got wrong.
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # no NaN and no infinity either
+NumChoices = Annotated[int, msgspec.Meta(ge=1, le=2**16)]
 
 
 class Role(StrEnum):
@@ -61,9 +68,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     may be drawn where the grammar is complete, even before `min_tokens` where nothing else may.
     """
 
-    max_tokens: int
-    min_tokens: int = 0
-    n: int = 1
+    max_tokens: Count
+    min_tokens: Count = 0
+    n: NumChoices = 1
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -94,7 +101,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     request_id: str
-    prompt_ids: Sequence[int]
+    prompt_ids: Sequence[TokenId]
     sampling: SamplingParams
     priority: int = 0
 
@@ -140,10 +147,10 @@ class Output(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     """
 
     request_id: str
-    choice: int
-    attempt: int
-    index: int
-    token_ids: list[int]
+    choice: Count
+    attempt: Count
+    index: Count
+    token_ids: list[TokenId]
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     logprobs: list[TokenLogprobs] | None = None

@@ -167,7 +167,7 @@ class Outbox:
         self._sockets: dict[str, zmq.SyncSocket] = {}
 
     def send(self, address: str, message: Message) -> None:
-        """Raises `ConfigError` for an `ipc://` path that is too long, and for tcp without a key."""
+        """Raises `ConfigError` for what is no address, an `ipc://` path that is too long, and for tcp without a key."""
         socket = self._sockets.get(address) or self._connect(address)
         socket.send(encode(message), zmq.NOBLOCK)
 
@@ -202,6 +202,10 @@ class Outbox:
         if key is not None:
             _prepare_tcp(socket, address)
             key.identify(socket)
-        socket.connect(address)
+        try:
+            socket.connect(address)
+        except zmq.ZMQError as error:
+            socket.close()
+            raise ConfigError(f"{address!r} is no address to send to: {error}") from error
         self._sockets[address] = socket
         return socket

@@ -285,13 +285,16 @@ def test_last_words_of_a_closing_outbox_arrive(context: SyncContext, tmp_path: P
     receiving.term()
 
 
-def test_address_that_is_too_long_or_taken_is_a_config_error(context: SyncContext, tmp_path: Path) -> None:
+def test_address_that_is_none_too_long_or_taken_is_a_config_error(context: SyncContext, tmp_path: Path) -> None:
     too_long = f"ipc://{tmp_path}/" + "x" * 108
     with pytest.raises(ConfigError, match="107"):
         Mailbox(context, too_long)
     outbox = Outbox(context)
     with pytest.raises(ConfigError, match="107"):
         outbox.send(too_long, m.Ready("x"))
+    for nowhere in ("", "nowhere", "tcp:/", "ipc://"):
+        with pytest.raises(ConfigError, match="no address"):
+            outbox.send(nowhere, m.Ready("x"))
     with pytest.raises(ConfigError, match="cannot listen"):
         Mailbox(context, f"ipc://{tmp_path}/no/such/folder")
     context.term()

@@ -10,7 +10,7 @@ from flowkv.auth import ClusterKey
 from flowkv.cluster.controller import Controller
 from flowkv.cluster.nodes import Nodes, node_name
 from flowkv.config import ClusterConfig
-from flowkv.errors import FlowKVError, ProtocolError
+from flowkv.errors import ConfigError, FlowKVError, ProtocolError
 from flowkv.messages import (
     Dismissed,
     InstanceExited,
@@ -147,7 +147,10 @@ class _Service:
             if isinstance(answer, StopInstance):  # the controller knows of one launcher only
                 to = self._nodes.launcher_address(answer.instance) or to
             is_last = isinstance(answer, Dismissed | RegistrationRefused)
-            (self._outbox.send_last if is_last else self._outbox.send)(to, answer)
+            try:
+                (self._outbox.send_last if is_last else self._outbox.send)(to, answer)
+            except ConfigError as error:  # whoever named the address must not take the controller down
+                _logger.warning("could not send a %s: %s", type(answer).__name__, error)
         for text in self._nodes.take_notes():
             self._outbox.send(self._launcher_address, Note(text))
         for gone_addresses in (self._controller.gone_addresses, self._nodes.gone_addresses):

@@ -324,6 +324,7 @@ class Engine:
         self._sender.heard(message.instance, message.lease_s if isinstance(message, Renewed) else 0.0)
         match message:
             case Reserved():
+                self._peers.check_blocks(message.instance, message.block_ids)
                 self._sender.on_reserved(message)
             case Refused():
                 self._sender.on_refused(message)

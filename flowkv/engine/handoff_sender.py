@@ -37,6 +37,7 @@ from flowkv.engine.leases import LeaseClock, Watches
 from flowkv.engine.links import Links
 from flowkv.engine.sequence import Sequence
 from flowkv.engine.transfers import SendTo, Transfer, Transfers
+from flowkv.errors import ProtocolError
 from flowkv.messages import Cancel, CancelAck, KvReady, Refused, Release, Renew, Reserve, Reserved
 from flowkv.transfer.base import Written
 from flowkv.transfer.plan import plan_runs
@@ -169,25 +170,29 @@ class HandoffSender:
     def on_reserved(self, message: Reserved) -> None:
         if self._is_over(message):
             return
-        transfer = self._transfers.get(message.attempt)
+        transfer = self._meant(message)
         if transfer is not None and transfer.dst_blocks is None:
+            outgoing = self._outgoing[message.request_id]
+            num_blocks = -(-len(outgoing.sequence.request.prompt_ids) // self._block_size)
+            if len(message.block_ids) != num_blocks:
+                raise ProtocolError(f"{message.instance} reserved {len(message.block_ids)} blocks, not {num_blocks}")
             transfer.dst_blocks, transfer.immediate = message.block_ids, message.immediate
-            self._advance(self._outgoing[message.request_id])
+            self._advance(outgoing)
 
     def on_refused(self, message: Refused) -> None:
-        transfer = self._transfers.get(message.attempt)
+        transfer = self._meant(message)
         if transfer is not None and transfer.dst_blocks is None:
             self._transfers.finish(transfer)
             self._reserve_next(self._outgoing[message.request_id])
 
     def on_cancel(self, message: Cancel) -> None:
         """D takes the reservation back; another one may have room."""
-        if not self._is_over(message) and (transfer := self._transfers.get(message.attempt)) is not None:
+        if not self._is_over(message) and (transfer := self._meant(message)) is not None:
             self._leave(transfer)
 
     def on_release(self, message: Release) -> Sequence | None:
         """D owns the request now. The sequence whose blocks are free to go."""
-        transfer = self._transfers.get(message.attempt)
+        transfer = self._meant(message)
         if transfer is None or not transfer.is_announced:
             return None
         self.counters.num_transfers += 1
@@ -227,6 +232,12 @@ class HandoffSender:
                 self._wait(transfer, elapsed_s)
 
     # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _meant(self, message: Reserved | Refused | Release | Cancel) -> Transfer | None:
+        """The one that the message is about. None where it is over, or is not that peer's."""
+        transfer = self._transfers.get(message.attempt)
+        is_its = transfer is not None and (transfer.peer, transfer.request_id) == (message.instance, message.request_id)
+        return transfer if is_its else None
 
     def _is_over(self, message: Reserved | Cancel) -> bool:
         """D holds blocks for something that nobody here knows (any more): they are D's own again."""

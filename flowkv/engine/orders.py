@@ -37,10 +37,14 @@ class Orders:
     def on_dispatch(self, message: Dispatch) -> None:
         blocks = self._scheduler.blocks
         self._reporter.dispatched(message.sequence)
+        if self._requests.has(message.request.request_id):
+            return  # a message that came twice
         if self.is_draining:
             self._reporter.returned(message.request.request_id)
         elif blocks.num_blocks_for(message.request.max_total_tokens) > blocks.num_blocks:
             self._fail(message, f"the request may need more than the {blocks.num_blocks} blocks of {self._name}")
+        elif message.request.sampling.n > (most := self._scheduler.config.max_choices):
+            self._fail(message, f"n ({message.request.sampling.n}) is more than the {most} choices of {self._name}")
         else:
             sequence = self._requests.add(message)
             if message.decode_instances:

@@ -1,6 +1,9 @@
 """Where other instances are reached, from an engine's point of view."""
 
+from collections.abc import Sequence
+
 from flowkv.engine.effects import Send
+from flowkv.errors import ProtocolError
 from flowkv.messages import Message, PeerInfo
 
 
@@ -26,6 +29,13 @@ class Peers:
 
     def is_dead(self, name: str) -> bool:
         return name in self._dead
+
+    def check_blocks(self, name: str, block_ids: Sequence[int]) -> None:
+        """Raises ProtocolError unless they are blocks of that peer's pool, none of them twice."""
+        if (peer := self._up.get(name)) is None:
+            return
+        if len(set(block_ids)) != len(block_ids) or any(not 0 <= b < peer.pool.num_blocks for b in block_ids):
+            raise ProtocolError(f"{name} reserved blocks that its pool of {peer.pool.num_blocks} has not")
 
     def send(self, name: str, message: Message) -> list[Send]:
         if (peer := self._up.get(name)) is not None:

@@ -18,7 +18,7 @@ from flowkv.engine.engine import Engine
 from flowkv.engine.link_notes import LinkNotes
 from flowkv.engine.repeat import run_repeats
 from flowkv.engine.toy import MAX_MODEL_TOKENS, VOCAB_SIZE, ToyRunner, toy_layout
-from flowkv.errors import FlowKVError, PoolError, ProtocolError, TransferError
+from flowkv.errors import ConfigError, FlowKVError, PoolError, ProtocolError, TransferError
 from flowkv.kv.layout import KvLayout
 from flowkv.kv.pool import KvPool, available_memory_bytes
 from flowkv.messages import (
@@ -215,7 +215,7 @@ class _Instance:
     def _do(self, effect: Effect) -> None:
         match effect:
             case Send():
-                self._outbox.send(effect.address, effect.message)
+                self._send(effect)
             case Write():
                 self._transfer.submit(effect.ticket, effect.peer, effect.runs, effect.immediate)
             case MoveBlocks():
@@ -232,6 +232,12 @@ class _Instance:
                 self._link_notes.gone(effect.peer.instance)
                 self._transfer.disconnect(effect.peer.instance)
                 self._outbox.drop(effect.peer.address)
+
+    def _send(self, effect: Send) -> None:
+        try:
+            self._outbox.send(effect.address, effect.message)
+        except ConfigError as error:  # whoever named the address must not take this instance down
+            _logger.warning("%s could not send a %s: %s", self._spec.name, type(effect.message).__name__, error)
 
     def _connect(self, peer: PeerInfo) -> None:
         """A link that cannot be made leaves both instances without each other, and says so."""

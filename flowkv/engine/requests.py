@@ -46,6 +46,9 @@ class Requests:
         running = [s.block_table for running in self._running.values() for s in running.sequences]
         return running + [s.block_table for s in self._limbo]
 
+    def has(self, request_id: str) -> bool:
+        return request_id in self._running
+
     # --- they come -------------------------------------------------------------------------------------------------
 
     def add(self, message: Dispatch) -> Sequence:

@@ -4,10 +4,13 @@ No HTTP in here. Everything runs on one event loop, so no state needs a lock.
 """
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import msgspec
 
 from flowkv.errors import ProtocolError, RequestError
 from flowkv.messages import (
@@ -32,6 +35,8 @@ from flowkv.server.tokenizer import Tokenizer
 from flowkv.server.watch import ClusterWatch
 from flowkv.types import FinishReason, Output, Request
 from flowkv.wire import AsyncMailbox, Outbox
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +133,15 @@ class Frontend:
         return ClusterView.of(self.status, self._status_s, age_s, self.is_ready)
 
     async def run(self) -> None:
-        """Receives until cancelled. Raises `ProtocolError` for a message that is not a frontend's."""
+        """Receives until cancelled. A message that is not a frontend's is logged and dropped."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._beat())
             while True:
                 for message in await self._mailbox.receive():
-                    self._receive(message)
+                    try:
+                        self._receive(message)
+                    except ProtocolError as error:
+                        _logger.warning("ignored a message: %s", error)
 
     def submit(self, requests: list[Request], options: TextOptions, arrival_s: float) -> RequestStream:
         """One stream over all choices of all requests: choice c of request i has the number `i * n + c`."""
@@ -248,12 +256,23 @@ class Frontend:
         for output in outputs:
             live = self._live.get(output.request_id)
             if live is not None:
-                self._on_output(live, output, now_s)
+                self._on_output(live, self._checked(output), now_s)
             elif output.finish_reason is None:
                 unknown.add(output.request_id)
         for request_id in unknown:
             # An Abort was lost with a controller, or came before the request: whoever runs it has no reader.
             self._send(Abort(request_id))
+
+    def _checked(self, output: Output) -> Output:
+        """The end of a choice instead of what cannot be: tokens that the model has not, or that lack their logprobs."""
+        vocab_size = 0 if self.status is None or self.status.model is None else self.status.model.vocab_size
+        num_logprobs = len(output.token_ids) if output.logprobs is None else len(output.logprobs)
+        if max(output.token_ids, default=-1) < vocab_size and num_logprobs == len(output.token_ids):
+            return output
+        reason = "an instance has put out what no token of the model is"
+        return msgspec.structs.replace(
+            output, token_ids=[], logprobs=None, finish_reason=FinishReason.ERROR, error=reason
+        )  # fmt: skip
 
     def _on_output(self, live: LiveRequest, output: Output, now_s: float) -> None:
         if output.attempt < live.attempt or output.choice >= len(live.choices):

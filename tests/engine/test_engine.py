@@ -1,9 +1,13 @@
 """One engine, message by message, where the order of things matters and random interleavings would rarely show it."""
 
+import msgspec
+import pytest
+
 from flowkv.config import EngineConfig
 from flowkv.engine.batch import BatchResult, Draw, ItemResult
 from flowkv.engine.effects import Send, Write
 from flowkv.engine.engine import Engine
+from flowkv.errors import ProtocolError
 from flowkv.messages import (
     Abort,
     Cancel,
@@ -25,7 +29,7 @@ from flowkv.messages import (
     StepSample,
 )
 from flowkv.transfer.base import Arrived, Linked, Written
-from flowkv.types import Request, Role, SamplingParams
+from flowkv.types import FinishReason, Request, Role, SamplingParams
 from tests.pools import descriptor
 
 LEASE_S = 6.0
@@ -86,6 +90,35 @@ def test_an_aborted_request_keeps_its_blocks_while_they_are_being_computed() -> 
     engine.on_result(BatchResult(batch.batch_id, [ItemResult([Draw(9)])]), 0.01, 0.0)
     assert engine.blocks.num_free == 8
     assert engine.is_idle
+
+
+def test_a_dispatch_that_comes_twice_runs_once() -> None:
+    engine = make_engine()
+    for _ in range(2):
+        engine.handle(Dispatch(1, make_request("r", 8, max_tokens=1), 0, "f", []), 0.0)
+    step(engine)
+    engine.check_integrity()
+    assert engine.is_idle and engine.blocks.num_free == 8
+
+
+def test_more_choices_than_can_ever_run_end_at_once() -> None:
+    engine = make_engine()
+    request = msgspec.structs.replace(make_request("r", 1), sampling=SamplingParams(max_tokens=4, n=9))
+    engine.handle(Dispatch(1, request, 0, "f", []), 0.0)
+    [message] = sent_to(engine, "f")
+    assert isinstance(message, Outputs) and len(message.outputs) == 9
+    assert {output.finish_reason for output in message.outputs} == {FinishReason.ERROR}
+    assert engine.is_idle
+
+
+@pytest.mark.parametrize("block_ids", [[0, 10**6], [-1, 0], [3, 3]])
+def test_blocks_that_a_peer_has_not_are_never_written(block_ids: list[int]) -> None:
+    engine = make_engine()
+    engine.handle(Dispatch(1, make_request("r", 8), 0, "f", ["peer"]), 0.0)
+    step(engine)
+    with pytest.raises(ProtocolError, match="has not"):
+        engine.handle(Reserved("peer", "r", 1, 7, block_ids), 0.0)
+    assert not any(isinstance(effect, Write) for effect in engine.take_effects())
 
 
 def test_a_standstill_takes_back_the_youngest_reservation_and_only_one() -> None:

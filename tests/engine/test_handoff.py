@@ -8,6 +8,7 @@ from flowkv.engine.handoff_receiver import HandoffReceiver, Incoming
 from flowkv.engine.handoff_sender import HandoffSender
 from flowkv.engine.leases import LeaseClock
 from flowkv.engine.sequence import Sequence
+from flowkv.errors import ProtocolError
 from flowkv.kv.blocks import BlockManager
 from flowkv.messages import (
     Cancel,
@@ -127,6 +128,25 @@ def test_refused_by_one_it_asks_the_next_and_then_decodes_here() -> None:
     p.sender.on_refused(Refused("d1", "r", 2))
     assert p.decoded_here == [{0: [9]}]
     assert p.sender.is_idle
+
+
+def test_what_another_peer_says_of_a_transfer_or_of_another_request_changes_nothing() -> None:
+    p = P(["d0"])
+    for instance, request_id in (("d1", "r"), ("d0", "other")):
+        p.sender.on_refused(Refused(instance, request_id, 1))
+        p.sender.on_reserved(Reserved(instance, request_id, 1, 7, [0, 1, 2]))
+    p.announce()
+    for instance, request_id in (("d1", "r"), ("d0", "other")):
+        p.sender.on_cancel(Cancel(instance, request_id, 1))
+        assert p.sender.on_release(Release(instance, request_id, 1)) is None
+    assert p.sender.on_release(Release("d0", "r", 1)) is p.sequence
+
+
+def test_a_reservation_of_another_size_is_no_reservation() -> None:
+    p = P(["d0"])
+    with pytest.raises(ProtocolError, match="2 blocks, not 3"):
+        p.sender.on_reserved(Reserved("d0", "r", 1, 77, [0, 1]))
+    p.announce()
 
 
 def test_what_was_sent_survives_preemption() -> None:

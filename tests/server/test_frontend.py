@@ -12,9 +12,9 @@ from flowkv.server.byte_tokenizer import ByteTokenizer
 from flowkv.server.choice import Delta
 from flowkv.server.frontend import Frontend, TextOptions
 from flowkv.server.stream import RequestStream
-from flowkv.types import FinishReason, Output, Request, SamplingParams
+from flowkv.types import FinishReason, Output, Request, SamplingParams, TokenLogprobs
 from flowkv.wire import AsyncMailbox, Outbox, SyncContext
-from tests.server.fake_cluster import FakeCluster, outputs, say, status
+from tests.server.fake_cluster import VOCAB_SIZE, FakeCluster, outputs, say, status
 
 Scenario = Callable[[Frontend, FakeCluster], Coroutine[None, None, None]]
 
@@ -194,6 +194,20 @@ def test_an_error_of_an_instance_reaches_the_reader(tmp_path: Path) -> None:
             await collect(frontend.submit([request(n=2)], TextOptions(), 0.0))
         assert caught.value.status == 500
         await wait_for(cluster, lambda: Abort("r0") in cluster.aborts)
+
+    run(scenario, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong", [Output("r0", 0, 0, 0, [VOCAB_SIZE]), Output("r0", 0, 0, 0, [65, 66], logprobs=[TokenLogprobs(65, -1.0)])]
+)
+def test_what_no_token_is_ends_the_choice_and_nothing_else(wrong: Output, tmp_path: Path) -> None:
+    async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
+        cluster.answer = lambda request: [wrong] if request.request_id == "r0" else outputs(request, [104, 105])
+        ill, well = (frontend.submit([request(name, max_tokens=2)], TextOptions(), 0.0) for name in ("r0", "r1"))
+        assert texts(await collect(well)) == {0: "hi"}
+        with pytest.raises(RequestError, match="no token"):
+            await collect(ill)
 
     run(scenario, tmp_path)
 
