@@ -1,0 +1,106 @@
+"""Mutated bodies over every route: an answer each, none of them the server's fault, and nothing left of them."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.server import Server
+from tests.e2e.test_toy_cluster import toy_tokens
+from tests.heavy.bodies import BODIES, field_names
+from tests.heavy.chaos import Chaos
+from tests.heavy.leftovers import leaving_nothing
+from tests.heavy.mutate import mutated_body
+
+TIMEOUT_S = 60.0
+CONCURRENCY = 8
+WARMUP_FRACTION = 0.3  # of a run, after which memory is compared
+# What an allocator keeps back and what a body in flight takes, beyond the share that the process may grow by.
+SLACK_BYTES, GROWTH_FRACTION = 8 << 20, 0.05
+
+
+@dataclass
+class Fuzz:
+    """Sends `count` bodies that `seed` makes; `faults` are the answers that must not be."""
+
+    server: Server
+    count: int
+    seed: int
+    statuses: Counter[int] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+
+    async def run(self, first: int = 0) -> None:
+        numbers = iter(range(first, first + self.count))
+        async with (
+            httpx.AsyncClient(base_url=self.server.url, timeout=TIMEOUT_S) as client,
+            asyncio.TaskGroup() as group,
+        ):
+            for _ in range(CONCURRENCY):
+                group.create_task(self._work(client, numbers))
+
+    async def _work(self, client: httpx.AsyncClient, numbers: Iterator[int]) -> None:
+        for number in numbers:
+            path, body = self._body(number)
+            try:
+                answer = await client.post(path, content=body, headers={"content-type": "application/json"})
+                self._judge(number, path, body, answer)
+            except httpx.HTTPError as error:
+                self.faults.append(f"{self.seed}-{number} {path} {body[:300]!r}: {error!r}")
+
+    def _body(self, number: int) -> tuple[str, bytes]:
+        rng = random.Random(f"{self.seed}-{number}")
+        path = rng.choice(sorted(BODIES))
+        return path, mutated_body(rng.choice(BODIES[path]), rng, field_names())
+
+    def _judge(self, number: int, path: str, body: bytes, answer: httpx.Response) -> None:
+        self.statuses[answer.status_code] += 1
+        if (reason := fault(answer)) is not None:
+            self.faults.append(f"{self.seed}-{number} {path} {body[:300]!r}: {reason}: {answer.text[:300]}")
+
+
+def fault(answer: httpx.Response) -> str | None:
+    """What the server did wrong, if anything."""
+    status = answer.status_code
+    if status == 503:
+        return None if "retry-after" in answer.headers else "503 without Retry-After"
+    if status >= 500:
+        return f"status {status}"
+    if status >= 400:
+        error = answer.json().get("error") if answer.headers.get("content-type") == "application/json" else None
+        return None if error and error["message"] and error["type"] else f"a {status} that does not say why"
+    if '"server_error"' in answer.text or '"finish_reason":"error"' in answer.text:
+        return "an error in the midst of a stream"
+    return None
+
+
+def resident_bytes(server: Server) -> dict[str, int]:
+    """Of each process, by name."""
+    names = Chaos(server, 0).names()
+    return {
+        name: int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 for pid, name in names.items()
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "seed"), [(600, 1), pytest.param(50_000, 2, marks=pytest.mark.slow)])
+def test_mutated_bodies(count: int, seed: int) -> None:
+    warmup = int(count * WARMUP_FRACTION)
+    with leaving_nothing("--toy", "--set", "engine.check_integrity=true", "--kv-memory", "48KiB") as server:
+        pids = Chaos(server, 0).names()
+        first, second = Fuzz(server, warmup, seed), Fuzz(server, count - warmup, seed)
+        asyncio.run(first.run())
+        before = resident_bytes(server)
+        asyncio.run(second.run(warmup))
+        print(f"seed {seed}: {first.statuses + second.statuses}")
+        assert first.faults + second.faults == []
+        assert {200, 400} <= set(second.statuses), "both kinds are tried"
+        assert Chaos(server, 0).names() == pids, "no process has ended"
+        grown = {name: size - before[name] for name, size in resident_bytes(server).items()}
+        assert {n: g for n, g in grown.items() if g > SLACK_BYTES + GROWTH_FRACTION * before[n]} == {}
+        body = {"prompt": [7] * 50, "max_tokens": 20, "temperature": 0.0}
+        answer = server.client.post("/v1/completions", json=body).json()
+        assert [choice["text"] for choice in answer["choices"]] == toy_tokens({"r": body})["r"]
