@@ -17,6 +17,7 @@ from flowkv.engine.effects import Effect, Expect, Forget, Send
 from flowkv.engine.engine import Engine
 from flowkv.engine.repeat import run_repeats
 from flowkv.engine.runner import TorchRunner
+from flowkv.grammar.matchers import Matchers
 from flowkv.kv.pool import KvPool
 from flowkv.messages import Abort, AnyMessage, Dispatch, KvReady, Message, Reserve
 from flowkv.model.loading import DTYPES, LoadedModel
@@ -88,7 +89,7 @@ class Instance:
         pool = KvPool.create(num_blocks, layout.block_bytes)
         fill(torch.frombuffer(pool.buffer, dtype=DTYPES[layout.dtype]))
         self.engine = Engine(NAME, config, num_blocks, Role.MIXED, others.address)
-        self._runner = TorchRunner(loaded, layout, pool.buffer, num_blocks)
+        self._runner = TorchRunner(loaded, layout, pool.buffer, num_blocks, Matchers(None, 0))
         self._transfer = open_transfer(NAME, pool, layout.fingerprint, f"{folder}/pool", "auto", False)
         self._context = SyncContext()
         self._mailbox = Mailbox(self._context, f"ipc://{folder}/{NAME}")

@@ -12,7 +12,7 @@ def foreseen_steps(items: Iterable[BatchItem], most: int) -> int:
     """Steps until the first of these decodes ends, at most `most`; 1 where one may end with any token."""
     for item in items:
         sampling = item.sequence.request.sampling
-        if sampling.stop_token_ids:
+        if sampling.stop_token_ids:  # a grammar ends with one of them
             return 1
         most = min(most, sampling.max_tokens - len(item.sequence.output_ids))
     return most

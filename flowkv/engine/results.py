@@ -8,7 +8,9 @@ from flowkv.engine.requests import Requests
 from flowkv.engine.sequence import Sequence
 from flowkv.types import NO_TOKEN, FinishReason, Output, Timings, TokenLogprobs
 
-_NO_TOKEN_TEXT = "no token could be drawn: the logits were NaN or infinite, or every token was masked"
+_NO_TOKEN_TEXT = (
+    "no token could be drawn: the logits were NaN or infinite, or min_tokens, logit_bias or the grammar left none"
+)
 
 
 class Results:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from flowkv.engine.batch import Batch, BatchItem, BatchResult, Draw, ItemResult
+from flowkv.grammar.matchers import Matchers
 from flowkv.kv.layout import KvLayout
 from flowkv.model.loading import DTYPES, LoadedModel
 from flowkv.model.packing import pack
@@ -29,7 +30,10 @@ class ItemRows:
 class TorchRunner:
     """`pool_buffer` is the whole pool, writable, `num_blocks * layout.block_bytes` long."""
 
-    def __init__(self, loaded: LoadedModel, layout: KvLayout, pool_buffer: memoryview, num_blocks: int) -> None:
+    def __init__(
+        self, loaded: LoadedModel, layout: KvLayout, pool_buffer: memoryview, num_blocks: int, matchers: Matchers
+    ) -> None:
+        self._matchers = matchers
         self._block_size = layout.block_size
         flat = torch.frombuffer(pool_buffer, dtype=DTYPES[layout.dtype])
         self._pool = flat.view(num_blocks, *layout.block_shape)
@@ -42,7 +46,7 @@ class TorchRunner:
         kept, places = needed_rows(batch.items)
         logits = self._logits(batch.items, kept)
         computed_s = time.perf_counter()
-        draws = draw_all(logits, batch.items, places)
+        draws = self._draw(logits, batch.items, places)
         items = [
             ItemResult(drawn, prompt_logprobs(logits, item, place))
             for item, place, drawn in zip(batch.items, places, draws, strict=True)
@@ -73,6 +77,19 @@ class TorchRunner:
         rows = torch.tensor(kept, dtype=torch.long, device=self._pool.device)
         return self._forward(packed, token_ids, rows)
 
+    def _draw(self, logits: torch.Tensor, items: tuple[BatchItem, ...], places: list[ItemRows]) -> list[list[Draw]]:
+        """Every item's draws, all made in one call."""
+        specs = list(self._draw_specs(items, places))
+        drawn = iter([Draw(*result) for result in sample(logits, specs)] if specs else [])
+        return [[next(drawn) for _ in item.draws] for item in items]
+
+    def _draw_specs(self, items: tuple[BatchItem, ...], places: list[ItemRows]) -> Iterator[DrawSpec]:
+        for item, place in zip(items, places, strict=True):
+            request, output_ids = item.sequence.request, item.sequence.output_ids
+            for choice in item.draws:
+                allowed = self._matchers.allowed(request, choice, output_ids)
+                yield DrawSpec(place.draw_row, request.sampling, choice, request.prompt_ids, output_ids, allowed)
+
 
 def needed_rows(items: tuple[BatchItem, ...]) -> tuple[list[int], list[ItemRows]]:
     """The query tokens whose logits are needed, and where each item finds its own among them."""
@@ -94,20 +111,6 @@ def num_prompt_rows(item: BatchItem) -> int:
     if item.sequence.request.sampling.prompt_logprobs is None:
         return 0
     return max(0, min(item.stop, item.sequence.num_prompt - 1) - item.start)
-
-
-def draw_all(logits: torch.Tensor, items: tuple[BatchItem, ...], places: list[ItemRows]) -> list[list[Draw]]:
-    """Every item's draws, all made in one call."""
-    specs = list(draw_specs(items, places))
-    drawn = iter([Draw(*result) for result in sample(logits, specs)] if specs else [])
-    return [[next(drawn) for _ in item.draws] for item in items]
-
-
-def draw_specs(items: tuple[BatchItem, ...], places: list[ItemRows]) -> Iterator[DrawSpec]:
-    for item, place in zip(items, places, strict=True):
-        request, output_ids = item.sequence.request, item.sequence.output_ids
-        for choice in item.draws:
-            yield DrawSpec(place.draw_row, request.sampling, choice, request.prompt_ids, output_ids)
 
 
 def prompt_logprobs(logits: torch.Tensor, item: BatchItem, place: ItemRows) -> list[TokenLogprobs]:

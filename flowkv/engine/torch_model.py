@@ -7,6 +7,9 @@ import torch
 
 from flowkv.config import ClusterConfig
 from flowkv.engine.runner import TorchRunner
+from flowkv.errors import GrammarError, ModelError
+from flowkv.grammar.matchers import Matchers
+from flowkv.grammar.vocabulary import Vocabulary
 from flowkv.kv.pool import KvPool
 from flowkv.model.fingerprint import weights_fingerprint
 from flowkv.model.loading import load_model
@@ -29,6 +32,15 @@ class TorchModel:
             max_model_tokens=self._loaded.max_model_tokens,
             fingerprint=weights_fingerprint(folder),
         )
+        self._matchers = Matchers(_vocabulary(folder, self._loaded.vocab_size), config.engine.max_choices)
 
     def runner(self, pool: KvPool) -> TorchRunner:
-        return TorchRunner(self._loaded, self.layout, pool.buffer, pool.num_blocks)
+        return TorchRunner(self._loaded, self.layout, pool.buffer, pool.num_blocks, self._matchers)
+
+
+def _vocabulary(folder: Path, vocab_size: int) -> Vocabulary | None:
+    """None where no grammar can bind the model, of which the frontend tells those who ask for one."""
+    try:
+        return Vocabulary.of_folder(folder, vocab_size)
+    except (GrammarError, ModelError):
+        return None

@@ -6,19 +6,23 @@ lost layer, one flipped bit changes the output; garbage in an unused slot does n
 """
 
 import time
+from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 import numpy.typing as npt
 
 from flowkv.engine.batch import Batch, BatchItem, BatchResult, Draw, ItemResult
+from flowkv.grammar.matchers import Bits, Matchers
+from flowkv.grammar.vocabulary import BYTE_END_ID, Vocabulary
 from flowkv.kv.layout import KvLayout
-from flowkv.types import NO_TOKEN, SamplingParams, TokenLogprobs
+from flowkv.types import NO_TOKEN, Request, SamplingParams, TokenLogprobs
 
 Hashes = npt.NDArray[np.uint64]
 
 VOCAB_SIZE = 256
 MAX_MODEL_TOKENS = 8192
-_FIRST_PRINTABLE, _NUM_PRINTABLE = 32, 95
+_PRINTABLE = range(32, 127)
+_MAX_PLACES = 256  # of choices in their grammars
 
 
 def toy_layout(block_size: int) -> KvLayout:
@@ -33,6 +37,7 @@ class ToyRunner:
         shape = (num_blocks, layout.num_layers, 2, layout.block_size)
         self._pool: Hashes = np.frombuffer(pool_buffer, np.uint64).reshape(shape)
         self._step_s = step_s
+        self._matchers = Matchers(Vocabulary.of_bytes(), _MAX_PLACES)
 
     def run(self, batch: Batch) -> BatchResult:
         started_s = time.perf_counter()
@@ -51,10 +56,7 @@ class ToyRunner:
         token_ids = sequence.token_ids(item.start, item.stop)
         self._write(token_ids, item.start, sequence.block_table)
         state = self._read(item.stop, sequence.block_table) if item.draws else 0
-        sampling = sequence.request.sampling
-        draws = [
-            self._draw(state, sampling, choice, len(sequence.output_ids), sequence.output_ids) for choice in item.draws
-        ]
+        draws = [self._draw(state, sequence.request, choice, sequence.output_ids) for choice in item.draws]
         return ItemResult(draws, self._prompt_logprobs(item))
 
     def _write(self, token_ids: list[int], start: int, block_table: list[int]) -> None:
@@ -76,18 +78,17 @@ class ToyRunner:
         places = np.arange(values.size, dtype=np.uint64).reshape(values.shape)
         return int(np.bitwise_xor.reduce(_mix(values ^ _mix(places)), axis=None))
 
-    def _draw(self, state: int, sampling: SamplingParams, choice: int, index: int, output_ids: list[int]) -> Draw:
+    def _draw(self, state: int, request: Request, choice: int, output_ids: list[int]) -> Draw:
         """Greedy takes the state as it is; sampling adds (seed, choice, output index), the counter of its draws."""
+        sampling = request.sampling
         number = state
         if not sampling.is_greedy:
-            number = _hash(state, sampling.seed, choice, index)
-        masked = sampling.stop_token_ids if len(output_ids) < sampling.min_tokens else frozenset[int]()
-        token_id = _token(number)
-        if masked.issuperset(range(_FIRST_PRINTABLE, _FIRST_PRINTABLE + _NUM_PRINTABLE)):
+            number = _hash(state, sampling.seed, choice, len(output_ids))
+        candidates = _candidates(sampling, self._matchers.allowed(request, choice, output_ids), len(output_ids))
+        if not candidates:
             return Draw(NO_TOKEN)
-        while token_id in masked:
-            number = _hash(number)
-            token_id = _token(number)
+        may_end = sampling.grammar is not None and candidates[-1] == BYTE_END_ID
+        token_id = BYTE_END_ID if may_end and number % 2 else candidates[number % len(candidates)]
         logprob = -1.0 - number % 1000 / 1000
         logprobs = None if sampling.logprobs is None else TokenLogprobs(token_id, logprob, [(token_id, logprob)])
         return Draw(token_id, logprobs)
@@ -100,8 +101,20 @@ class ToyRunner:
         return [TokenLogprobs(token_id, -1.0, [(token_id, -1.0)]) for token_id in following]
 
 
-def _token(number: int) -> int:
-    return _FIRST_PRINTABLE + number % _NUM_PRINTABLE
+def _candidates(sampling: SamplingParams, allowed: Bits | None, num_output: int) -> SequenceOf[int]:
+    """The tokens that may be drawn, in order: all equally probable, but for their biases. Printable ones, as long as
+    a grammar leaves any of them."""
+    candidates: SequenceOf[int] = _PRINTABLE
+    if allowed is not None:
+        left = np.flatnonzero(np.unpackbits(allowed, count=VOCAB_SIZE, bitorder="little")).tolist()
+        candidates = [token_id for token_id in left if token_id in _PRINTABLE or token_id == BYTE_END_ID] or left
+    if sampling.logit_bias:
+        best = max((sampling.logit_bias.get(token_id, 0.0) for token_id in candidates), default=0.0)
+        candidates = [token_id for token_id in candidates if sampling.logit_bias.get(token_id, 0.0) == best]
+    if num_output < sampling.min_tokens and sampling.stop_token_ids:
+        going_on = [token_id for token_id in candidates if token_id not in sampling.stop_token_ids]
+        candidates = going_on if going_on or allowed is None else candidates
+    return candidates
 
 
 def _mix(values: Hashes) -> Hashes:

@@ -20,8 +20,14 @@ _JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"[\x20\x0A\x0D\x09
 
 
 def limits() -> LLParserLimits:
-    """Of one grammar: a quarter of a second to compile it, and some 20 MB."""
-    return LLParserLimits(initial_lexer_fuel=250_000, max_lexer_states=20_000, verbose_errors=False)
+    """Of one grammar: a quarter of a second to compile it, and some tens of milliseconds and megabytes to follow it.
+
+    Nothing is computed ahead, so what a grammar costs to compile does not depend on the vocabulary: what a frontend
+    has found good is good on every instance.
+    """
+    return LLParserLimits(
+        initial_lexer_fuel=250_000, max_lexer_states=20_000, precompute_large_lexemes=False, verbose_errors=False
+    )
 
 
 def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> LLMatcher:
@@ -30,7 +36,7 @@ def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> LLMatcher:
         raise GrammarError(f"it is longer than {MAX_TEXT_BYTES} bytes")
     matcher = LLMatcher(vocabulary.tokens, _source(grammar), log_level=0, limits=limits())
     if matcher.is_error():
-        raise GrammarError(_one_line(matcher.get_error()))
+        raise GrammarError(one_line(matcher.get_error()))
     return matcher
 
 
@@ -49,7 +55,7 @@ def _source(grammar: Grammar) -> str:
             case GrammarKind.GRAMMAR:
                 return grammar_from("grammar", grammar.text)
     except ValueError as error:
-        raise GrammarError(_one_line(str(error))) from error
+        raise GrammarError(one_line(str(error))) from error
 
 
 def _choices(text: str) -> str:
@@ -62,6 +68,6 @@ def _choices(text: str) -> str:
     return text
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= MAX_MESSAGE_CHARS else line[:MAX_MESSAGE_CHARS] + " ..."

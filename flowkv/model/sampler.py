@@ -1,16 +1,17 @@
 """From logits to tokens.
 
 A draw is a pure function of the logits and of (seed, choice, output index): nothing depends on what else is in the
-batch, and no state is kept. The order of the steps is vLLM's and Hugging Face's: penalties, `min_tokens`,
-temperature, top-k, top-p, min-p, draw.
+batch, and no state is kept. The order of the steps is that of others: penalties, `logit_bias`, the grammar,
+`min_tokens`, temperature, top-k, top-p, min-p, draw.
 """
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from flowkv.model.cpu_kernel import storage_view
@@ -26,23 +27,32 @@ Sample = tuple[int, TokenLogprobs | None]
 
 @dataclass(frozen=True, slots=True)
 class DrawSpec:
-    """One token wanted from row `row` of the logits. `output_ids` is what the choice has put out before it."""
+    """One token wanted from row `row` of the logits. `output_ids` is what the choice has put out before it.
+
+    `allowed` says of every token, a bit each, whether a grammar lets it be the next; those beyond its end may not be.
+    """
 
     row: int
     sampling: SamplingParams
     choice: int
     prompt_ids: Sequence[int]
     output_ids: list[int]
+    allowed: npt.NDArray[np.uint8] | None = None
 
     @property
     def is_masked(self) -> bool:
         return bool(self.sampling.stop_token_ids) and len(self.output_ids) < self.sampling.min_tokens
 
     @property
+    def is_adjusted(self) -> bool:
+        """The draw is from other logits than the model's."""
+        params = self.sampling
+        return params.has_penalties or bool(params.logit_bias) or self.allowed is not None or self.is_masked
+
+    @property
     def is_plain(self) -> bool:
         """Nothing is wanted but the highest logit."""
-        params = self.sampling
-        return params.is_greedy and not params.has_penalties and params.logprobs is None and not self.is_masked
+        return self.sampling.is_greedy and self.sampling.logprobs is None and not self.is_adjusted
 
 
 def sample(logits: torch.Tensor, specs: Sequence[DrawSpec]) -> list[Sample]:
@@ -76,16 +86,19 @@ def highest_of(logits: torch.Tensor) -> tuple[list[int], list[float]]:
 
 
 def adjusted(raw: torch.Tensor, specs: Sequence[DrawSpec]) -> torch.Tensor:
-    """float32 logits after penalties and the `min_tokens` mask; `raw` stays as it is."""
-    if not any(spec.sampling.has_penalties or spec.is_masked for spec in specs):
+    """float32 logits after penalties, biases and masks; `raw` stays as it is."""
+    if not any(spec.is_adjusted for spec in specs):
         return raw
     logits = raw.clone()
     for row, spec in zip(logits, specs, strict=True):
         if spec.sampling.has_penalties:
             penalize(row, spec)
+        if spec.sampling.logit_bias:
+            bias(row, spec.sampling.logit_bias)
+        if spec.allowed is not None:
+            row.masked_fill_(forbidden(spec.allowed, len(row)).to(row.device), float("-inf"))
         if spec.is_masked:
-            stops = [token_id for token_id in spec.sampling.stop_token_ids if token_id < len(row)]
-            row[stops] = float("-inf")
+            mask_stops(row, spec)
     return logits
 
 
@@ -101,6 +114,26 @@ def penalize(row: torch.Tensor, spec: DrawSpec) -> None:
         counts = Counter(spec.output_ids)
         times = torch.tensor(list(counts.values()), device=row.device)
         row[list(counts)] -= params.presence_penalty + params.frequency_penalty * times
+
+
+def bias(row: torch.Tensor, biases: Mapping[int, float]) -> None:
+    """In place: add to the logits of some tokens."""
+    known = {token_id: value for token_id, value in biases.items() if token_id < len(row)}
+    row[list(known)] += torch.tensor(list(known.values()), dtype=row.dtype, device=row.device)
+
+
+def forbidden(allowed: npt.NDArray[np.uint8], size: int) -> torch.Tensor:
+    """Of each of `size` tokens, whether its bit is not set: bool [size]."""
+    return torch.from_numpy(np.unpackbits(allowed, count=size, bitorder="little") == 0)
+
+
+def mask_stops(row: torch.Tensor, spec: DrawSpec) -> None:
+    """In place, before `min_tokens` are out. Where a grammar leaves nothing but its end, it ends all the same."""
+    stops = [token_id for token_id in spec.sampling.stop_token_ids if token_id < len(row)]
+    values = row[stops]
+    row[stops] = float("-inf")
+    if spec.allowed is not None and row.amax() == float("-inf"):
+        row[stops] = values
 
 
 def draw(logits: torch.Tensor, specs: Sequence[DrawSpec]) -> list[int]:

@@ -2,7 +2,7 @@
 
 import json
 
-from flowkv.grammar.vocabulary import Vocabulary
+from flowkv.grammar.vocabulary import BYTE_END_ID, Vocabulary
 from flowkv.server.chat_template import Conversation
 from flowkv.server.detokenizer import ByteDetokenizer
 
@@ -10,6 +10,7 @@ from flowkv.server.detokenizer import ByteDetokenizer
 class ByteTokenizer:
     eos_token_ids: frozenset[int] = frozenset()
     tool_template = "{{ tools }}<tool_call>"  # as if there were one, and of the format that most models write
+    grammar_end_ids: frozenset[int] = frozenset({BYTE_END_ID})
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())

@@ -40,7 +40,7 @@ class GrammarCheck:
         self._known.move_to_end(grammar)
         if len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
-        return self._vocabulary.end_ids
+        return self._tokenizer.grammar_end_ids
 
     async def _compile(self, grammar: Grammar, param: str) -> None:
         self._num_waiting += 1
@@ -52,9 +52,11 @@ class GrammarCheck:
             self._num_waiting -= 1
 
     def _try(self, grammar: Grammar) -> None:
+        if not self._tokenizer.grammar_end_ids:
+            raise GrammarError("this model has no end-of-sequence token, without which no grammar can end")
         compile_grammar(grammar, self._vocabulary)
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
-        """Made in the thread, with the first grammar."""
+        """Made with the first grammar."""
         return self._tokenizer.vocabulary()

@@ -26,6 +26,11 @@ class Tokenizer(Protocol):
         """The source of the chat template that shows tools; None where no template does."""
         ...
 
+    @property
+    def grammar_end_ids(self) -> frozenset[int]:
+        """What ends a choice that follows a grammar; empty where there is no such token."""
+        ...
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """A plain prompt, with the special tokens that the model expects around it unless they are not wanted."""
         ...
@@ -55,7 +60,7 @@ class Tokenizer(Protocol):
         ...
 
     def vocabulary(self) -> Vocabulary:
-        """For grammars; takes a while. Raises `GrammarError` where none can bind this tokenizer."""
+        """To compile grammars for. Raises `GrammarError` where none can bind this model."""
         ...
 
 
@@ -71,6 +76,10 @@ class ModelTokenizer:
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.eos_token_ids = eos_token_ids(folder, self._tokenizer)
         self.token_text = lru_cache(maxsize=65536)(self._token_text)
+
+    @property
+    def grammar_end_ids(self) -> frozenset[int]:
+        return self.eos_token_ids
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
@@ -99,7 +108,7 @@ class ModelTokenizer:
         return self._tokenizer.id_to_token(token_id) or ""
 
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary.of(self._tokenizer, self.eos_token_ids)
+        return Vocabulary.to_compile_for(self._tokenizer)
 
     def token_bytes(self, token_id: int) -> bytes:
         return token_bytes(self.token_text(token_id), self._tokenizer.id_to_token(token_id))

@@ -1,7 +1,9 @@
 """Engines and controller over ToyRunner: any interleaving gives the same tokens and leaves no block behind."""
 
+import json
 import random
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 from flowkv.config import EngineConfig
 from flowkv.engine.batch import Batch, BatchResult, Draw, ItemResult
 from flowkv.engine.toy import ToyRunner
-from flowkv.types import NO_TOKEN, FinishReason, Role
+from flowkv.grammar.vocabulary import BYTE_END_ID
+from flowkv.types import NO_TOKEN, FinishReason, Grammar, GrammarKind, Role
 from tests.cluster_in_process import Cluster
 from tests.effort import examples
 
@@ -86,6 +89,50 @@ def test_min_tokens_masks_stop_ids() -> None:
     cluster.submit("r", ids, max_tokens=6, min_tokens=5, stop_token_ids=frozenset([stop]))
     cluster.run()
     assert stop not in cluster.ids("r")[:5]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "size": {"enum": ["small", "large"]},
+        "tags": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 4},
+    },
+    "required": ["name", "size", "tags"],
+    "additionalProperties": False,
+}
+BY_SCHEMA: dict[str, object] = {
+    "max_tokens": 200,
+    "grammar": Grammar(kind=GrammarKind.JSON_SCHEMA, text=json.dumps(SCHEMA)),
+    "stop_token_ids": frozenset({BYTE_END_ID}),
+}
+
+
+@pytest.mark.parametrize("roles", [[M], [P, D], [P, P, D, D]])
+def test_choices_follow_their_grammar_wherever_they_are_decoded(roles: list[Role]) -> None:
+    """Small pools: some are preempted, and find their place again."""
+    cluster = Cluster(roles, num_blocks=60, seed=1)
+    prompts = {f"r{i}": prompt(i, 10 + i) for i in range(4)}
+    for i, (request_id, ids) in enumerate(prompts.items()):
+        cluster.submit(request_id, ids, n=2, temperature=1.0, seed=i, **BY_SCHEMA)
+    cluster.run()
+    for i, (request_id, ids) in enumerate(prompts.items()):
+        for choice in range(2):
+            answer = cluster.ids(request_id, choice)
+            assert answer == reference(ids, choice, n=2, temperature=1.0, seed=i, **BY_SCHEMA)
+            assert cluster.answers[request_id, choice].finish_reason is FinishReason.STOP
+            jsonschema.validate(json.loads(bytes(answer[:-1])), SCHEMA)
+    if len(roles) == 1:
+        assert cluster.nodes["mixed-0"].engine.counters.num_preemptions > 0
+    cluster.check_at_rest()
+
+
+def test_biases_act_on_both_instances() -> None:
+    cluster = Cluster([P, D])
+    cluster.submit("one", prompt(3, 10), max_tokens=6, logit_bias={65: 100.0})
+    cluster.submit("none", prompt(3, 10), max_tokens=6, logit_bias=dict.fromkeys(range(32, 126), -100.0))
+    cluster.run()
+    assert cluster.ids("one") == [65] * 6 and cluster.ids("none") == [126] * 6
 
 
 def test_prompt_logprobs_alone() -> None:

@@ -12,6 +12,7 @@ import torch
 from flowkv.engine.batch import Batch, BatchItem, Draw, ItemResult
 from flowkv.engine.runner import TorchRunner
 from flowkv.engine.sequence import Sequence
+from flowkv.grammar.matchers import Matchers
 from flowkv.model.loading import load_model
 from flowkv.types import NO_TOKEN, Request, SamplingParams
 from tests.model.tiny_models import CONFIGS, VOCAB_SIZE, eager_model, save_model
@@ -29,7 +30,7 @@ class Instance:
         loaded = load_model(folder, dtype)
         layout = loaded.layout(BLOCK_SIZE)
         self.pool = bytearray(b"\xff" * (NUM_BLOCKS * layout.block_bytes))  # 0xff: NaN in every dtype
-        self.runner = TorchRunner(loaded, layout, memoryview(self.pool), NUM_BLOCKS)
+        self.runner = TorchRunner(loaded, layout, memoryview(self.pool), NUM_BLOCKS, Matchers(None, 0))
         self.free = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(1)).tolist()
         self.batch_ids = count()
 

@@ -1,14 +1,17 @@
 """What can be a grammar and what cannot, and that neither costs much."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
+from tokenizers import decoders
 
 from flowkv.bundled import MODEL_FOLDER
 from flowkv.errors import GrammarError
 from flowkv.grammar.compiler import MAX_MESSAGE_CHARS, MAX_TEXT_BYTES, compile_grammar
 from flowkv.grammar.vocabulary import BYTE_END_ID, Vocabulary
-from flowkv.model_files import eos_token_ids, load_tokenizer
+from flowkv.model_files import load_tokenizer
 from flowkv.types import Grammar, GrammarKind
 
 BYTES = Vocabulary.of_bytes()
@@ -96,15 +99,45 @@ def test_a_bomb_is_compiled_or_refused_within_bounds(name: str) -> None:
 
 
 def test_a_model_with_more_tokens_than_its_tokenizer_never_draws_them() -> None:
-    tokenizer = load_tokenizer(MODEL_FOLDER)
-    vocabulary = Vocabulary.of(tokenizer, eos_token_ids(MODEL_FOLDER, tokenizer), num_tokens=2000)
+    vocabulary = Vocabulary.of_folder(MODEL_FOLDER, num_tokens=2000)
     assert vocabulary.tokens.vocab_size == 2000
     mask = compile_grammar(Grammar(kind=GrammarKind.REGEX, text="(?s:.*)"), vocabulary).compute_bitmask()
     allowed = {index for index in range(2000) if mask[index // 8] >> index % 8 & 1}
+    tokenizer = load_tokenizer(MODEL_FOLDER)
     assert allowed and max(allowed) < tokenizer.get_vocab_size(with_added_tokens=True)
-    assert vocabulary.end_ids <= allowed
+    special = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    assert allowed & special == vocabulary.end_ids  # text holds no special token
 
 
-def test_a_model_that_ends_nowhere_takes_no_grammar() -> None:
+def test_a_grammar_may_name_special_tokens_and_frontends_know_them() -> None:
+    small = Vocabulary.to_compile_for(load_tokenizer(MODEL_FOLDER))
+    compile_grammar(Grammar(kind=GrammarKind.GRAMMAR, text='start: <|user|> "a"'), small)
+    with pytest.raises(GrammarError, match="nobody"):
+        compile_grammar(Grammar(kind=GrammarKind.GRAMMAR, text='start: <|nobody|> "a"'), small)
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_frontend_and_instance_agree(name: str) -> None:
+    kind, text = BOMBS[name]
+    vocabularies = Vocabulary.to_compile_for(load_tokenizer(MODEL_FOLDER)), Vocabulary.of_folder(MODEL_FOLDER, 1536)
+    verdicts = []
+    for vocabulary in vocabularies:
+        try:
+            compile_grammar(Grammar(kind=GrammarKind(kind), text=text), vocabulary)
+            verdicts.append("good")
+        except GrammarError as error:
+            verdicts.append(str(error))
+    assert verdicts[0] == verdicts[1]
+
+
+def test_a_model_whose_tokens_have_no_bytes_takes_no_grammar() -> None:
+    tokenizer = load_tokenizer(MODEL_FOLDER)
+    tokenizer.decoder = decoders.WordPiece()
+    with pytest.raises(GrammarError, match="no grammar can bind"):
+        Vocabulary.to_compile_for(tokenizer)
+
+
+def test_a_model_that_ends_nowhere_takes_no_grammar(tmp_path: Path) -> None:
+    shutil.copy(MODEL_FOLDER / "tokenizer.json", tmp_path)
     with pytest.raises(GrammarError, match="end-of-sequence"):
-        Vocabulary.of(load_tokenizer(MODEL_FOLDER), frozenset())
+        Vocabulary.of_folder(tmp_path, 0)

@@ -1,6 +1,8 @@
 import math
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -18,9 +20,11 @@ def spec(
     choice: int = 0,
     prompt_ids: list[int] | None = None,
     output_ids: list[int] | None = None,
+    allowed: set[int] | None = None,
     **params: Any,
 ) -> DrawSpec:
-    return DrawSpec(row, SamplingParams(max_tokens=99, **params), choice, prompt_ids or [], output_ids or [])
+    bits = None if allowed is None else np.packbits([i in allowed for i in range(VOCAB_SIZE)], bitorder="little")
+    return DrawSpec(row, SamplingParams(max_tokens=99, **params), choice, prompt_ids or [], output_ids or [], bits)
 
 
 def logits_of(seed: int, rows: int = 1) -> torch.Tensor:
@@ -45,13 +49,15 @@ params = st.fixed_dictionaries(
         "min_tokens": st.integers(0, 4),
         "stop_token_ids": st.frozensets(st.integers(0, VOCAB_SIZE + 5), max_size=3),
         "logprobs": st.integers(0, 50),
+        "logit_bias": st.dictionaries(st.integers(0, VOCAB_SIZE + 5), st.floats(-100, 100), max_size=3),
     },
 )
 token_lists = st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=5)
 specs = st.lists(
     st.builds(
-        lambda choice, prompt, output, chosen: spec(0, choice, prompt, output, **chosen),
-        st.integers(0, 3), token_lists, token_lists, params,
+        lambda choice, prompt, output, allowed, chosen: spec(0, choice, prompt, output, allowed, **chosen),
+        st.integers(0, 3), token_lists, token_lists,
+        st.none() | st.sets(st.integers(0, VOCAB_SIZE - 1), min_size=1), params,
     ),
     min_size=1,
     max_size=5,
@@ -61,7 +67,7 @@ specs = st.lists(
 @given(specs, st.integers(0, 1000))
 def test_a_draw_depends_on_nothing_else_in_the_batch(wanted: list[DrawSpec], seed: int) -> None:
     logits = logits_of(seed, len(wanted))
-    placed = [DrawSpec(row, s.sampling, s.choice, s.prompt_ids, s.output_ids) for row, s in enumerate(wanted)]
+    placed = [replace(s, row=row) for row, s in enumerate(wanted)]
     together = sample(logits, placed)
     alone = [sample(logits[row : row + 1], [one])[0] for row, one in enumerate(wanted)]
     assert [token_id for token_id, _ in together] == [token_id for token_id, _ in alone]
@@ -154,6 +160,60 @@ def test_stop_ids_cannot_come_before_min_tokens() -> None:
             for count in range(4)
         ]
         assert found == [5, 5, 3, 3]
+
+
+@given(st.integers(0, 1000), st.sets(st.integers(0, VOCAB_SIZE - 1), min_size=1), params)
+def test_what_a_grammar_does_not_allow_is_never_drawn(seed: int, allowed: set[int], chosen: dict[str, Any]) -> None:
+    token_id = drawn_ids(logits_of(seed), [spec(allowed=allowed, **chosen)])[0]
+    assert token_id in allowed
+
+
+def test_the_best_that_a_grammar_allows_is_taken() -> None:
+    logits = logits_of(2)
+    allowed = {3, 8, 21}
+    assert drawn_ids(logits, [spec(temperature=0.0, allowed=allowed)]) == [
+        max(allowed, key=lambda i: float(logits[0, i]))
+    ]
+
+
+def test_a_grammar_s_end_comes_before_min_tokens_only_where_nothing_else_may() -> None:
+    limits: dict[str, Any] = {"temperature": 0.0, "min_tokens": 2, "stop_token_ids": frozenset({3})}
+    logits = torch.zeros(1, VOCAB_SIZE)
+    logits[0, 3] = 9.0
+    assert drawn_ids(logits, [spec(allowed={3, 7}, **limits)]) == [7]
+    assert drawn_ids(logits, [spec(allowed={3, 7}, output_ids=[7, 7], **limits)]) == [3]
+    assert drawn_ids(logits, [spec(allowed={3}, **limits)]) == [3]
+
+
+def test_a_grammar_that_allows_nothing_and_tokens_that_its_vocabulary_has_not() -> None:
+    logits = torch.zeros(1, VOCAB_SIZE)
+    bits = np.packbits([False] * 7 + [True], bitorder="little")  # of eight tokens, where the model has more
+    for temperature in (0.0, 1.0):
+        sampling = SamplingParams(max_tokens=9, temperature=temperature)
+        assert drawn_ids(logits, [DrawSpec(0, sampling, 0, [], [], bits)]) == [7]
+        assert sample(logits, [spec(allowed=set(), temperature=temperature, logprobs=1)]) == [(NO_TOKEN, None)]
+
+
+@given(st.integers(0, 1000), st.integers(0, VOCAB_SIZE - 1), st.sampled_from([0.0, 1.0]))
+def test_biases_ban_and_choose(seed: int, token_id: int, temperature: float) -> None:
+    logits = logits_of(seed)
+    banned = spec(temperature=temperature, seed=seed, logit_bias={token_id: -100.0})
+    chosen = spec(temperature=temperature, seed=seed, logit_bias={token_id: 100.0, VOCAB_SIZE + 3: 100.0})
+    assert drawn_ids(logits, [banned])[0] != token_id
+    assert drawn_ids(logits, [chosen])[0] == token_id
+    assert torch.equal(logits, logits_of(seed))
+
+
+def test_biases_are_added_after_penalties() -> None:
+    logits = torch.full((1, VOCAB_SIZE), 2.0)
+    found = adjusted(logits, [spec(prompt_ids=[4, 5], repetition_penalty=2.0, logit_bias={4: 0.5, 6: -1.5})])[0]
+    assert found[[4, 5, 6, 7]].tolist() == [1.5, 1.0, 0.5, 2.0]
+
+
+def test_log_probabilities_know_nothing_of_grammars_and_biases() -> None:
+    logits = logits_of(7)
+    entry = sample(logits, [spec(temperature=0.0, allowed={4}, logit_bias={4: 3.0}, logprobs=0)])[0][1]
+    assert entry is not None and entry.logprob == logits.log_softmax(-1)[0, 4].item()
 
 
 def test_greedy_takes_the_highest() -> None:

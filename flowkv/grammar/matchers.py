@@ -1,0 +1,103 @@
+"""Which tokens may be next: every choice's place in its grammar, found from what it has put out.
+
+Nothing of it crosses a wire. An instance that takes a choice over, or takes it up again, finds the place by going
+through its ids once; from then on each token is one step.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLMatcher
+
+from flowkv.errors import GrammarError
+from flowkv.grammar.compiler import compile_grammar, one_line
+from flowkv.grammar.vocabulary import Vocabulary
+from flowkv.types import Grammar, Request
+
+Bits = npt.NDArray[np.uint8]  # bit i % 8 of byte i // 8: whether token i may be next
+
+MAX_COMPILED = 64
+NOTHING: Bits = np.zeros(1, np.uint8)  # not of no bytes, which numpy would unpack from beyond their end
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Compiled:
+    start: LLMatcher  # stays where it is
+    first: Bits  # what may be first
+
+
+@dataclass(slots=True)
+class _Place:
+    grammar: Grammar
+    matcher: LLMatcher
+    ids: list[int] = field(default_factory=list)  # which `matcher` has gone through
+
+    def is_on_the_way_to(self, grammar: Grammar, output_ids: Sequence[int]) -> bool:
+        return self.grammar == grammar and output_ids[: len(self.ids)] == self.ids
+
+
+class Matchers:
+    """Of one instance. `max_places` choices have theirs kept; where one is not, it is found anew.
+
+    Without a vocabulary (None) nothing may be drawn by a grammar.
+    """
+
+    def __init__(self, vocabulary: Vocabulary | None, max_places: int) -> None:
+        self._vocabulary = vocabulary
+        self._max_places = max_places
+        self._compiled: OrderedDict[Grammar, _Compiled] = OrderedDict()
+        self._places: OrderedDict[tuple[str, int], _Place] = OrderedDict()
+
+    def allowed(self, request: Request, choice: int, output_ids: list[int]) -> Bits | None:
+        """Which tokens may follow `output_ids`; None: any, since there is no grammar.
+
+        None may where the grammar is too much for the bounds set to it, or the ids do not follow it: the log says so.
+        """
+        grammar = request.sampling.grammar
+        if grammar is None:
+            return None
+        try:
+            if not output_ids:
+                return self._compile(grammar).first
+            return _next(self._place(grammar, (request.request_id, choice), output_ids).matcher)
+        except GrammarError as error:
+            _logger.warning("request %s: its grammar: %s", request.request_id, error)
+            return NOTHING
+
+    def _place(self, grammar: Grammar, key: tuple[str, int], output_ids: list[int]) -> _Place:
+        place = self._places.pop(key, None)
+        if place is None or not place.is_on_the_way_to(grammar, output_ids):
+            place = _Place(grammar, self._compile(grammar).start.deep_copy())
+        new_ids = output_ids[len(place.ids) :]
+        place.matcher.consume_tokens(new_ids)
+        place.ids += new_ids
+        self._places[key] = place
+        if len(self._places) > self._max_places:
+            self._places.popitem(last=False)
+        return place
+
+    def _compile(self, grammar: Grammar) -> _Compiled:
+        compiled = self._compiled.pop(grammar, None)
+        if compiled is None:
+            if self._vocabulary is None:
+                raise GrammarError("this instance knows no tokenizer that one could bind")
+            start = compile_grammar(grammar, self._vocabulary)
+            compiled = _Compiled(start, _next(start.deep_copy()))
+        self._compiled[grammar] = compiled
+        if len(self._compiled) > MAX_COMPILED:
+            self._compiled.popitem(last=False)
+        return compiled
+
+
+def _next(matcher: LLMatcher) -> Bits:
+    """Raises `GrammarError` where the matcher has given up."""
+    bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+    if matcher.is_error():
+        raise GrammarError(one_line(matcher.get_error()))
+    return bits
