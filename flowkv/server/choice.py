@@ -22,6 +22,13 @@ class Delta:
     stop_reason: int | str | None = None  # the stop id or stop string that ended it
     error: str | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Of memory, about."""
+        entries = self.logprobs if self.prompt_logprobs is None else [*self.logprobs, *self.prompt_logprobs]
+        num_alternatives = sum(len(entry.top) for entry in entries)
+        return 400 + len(self.text) + 40 * len(self.token_ids) + 120 * (len(entries) + num_alternatives)
+
 
 @dataclass(slots=True)
 class Choice:

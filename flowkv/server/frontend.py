@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from flowkv.config import LimitsConfig
 from flowkv.errors import ProtocolError, RequestError
 from flowkv.messages import (
     Abort,
@@ -78,6 +79,7 @@ class Frontend:
         beat_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
         on_ready: Callable[[], None] = lambda: None,
+        limits: LimitsConfig | None = None,
     ) -> None:
         """`on_ready` is called once, when the cluster is ready for the first time."""
         self.tokenizer = tokenizer
@@ -93,6 +95,7 @@ class Frontend:
         self._outbox = outbox
         self._controller_address = controller_address
         self._beat_s = beat_s
+        self._limits = limits or LimitsConfig()
         self._live: dict[str, LiveRequest] = {}
         self._is_closed = False
         self._drained_by_s: float | None = None  # nothing new is taken
@@ -123,7 +126,7 @@ class Frontend:
             )  # fmt: skip
         if self.status is None or self.status.model is None or not self.status.ready:
             raise RequestError("the cluster is not ready yet", status=503, code="not_ready")
-        return Limits.of(self.status.model, self.status.max_request_tokens)
+        return Limits.of(self.status.model, self.status.max_request_tokens, self._limits)
 
     def view(self) -> ClusterView:
         """What is known of the cluster: nothing yet, before the controller has spoken."""
@@ -198,6 +201,17 @@ class Frontend:
             for live in self._live.values():
                 if not live.is_answered:
                     self._send(Submit(self._name, live.request))
+            self._give_up_waiting()
+
+    def _give_up_waiting(self) -> None:
+        """A client that has waited so long for a first token hears so, and nothing is computed for it any more."""
+        if not (timeout_s := self._limits.queue_timeout_s):
+            return
+        due_s = self.now_s() - timeout_s
+        late = [live for live in self._live.values() if live.first_token_s is None and live.arrival_s <= due_s]
+        for live in late:
+            reason = f"no token came within the {timeout_s:g} s that a request may wait here"
+            self._fail(live, RequestError(reason, status=503, code="queue_timeout", retry_after_s=timeout_s))
 
     def _send(self, message: AnyMessage) -> None:
         self._outbox.send(self._controller_address, message)
@@ -286,9 +300,18 @@ class Frontend:
         if delta is None:
             return
         self._measure(live, delta, now_s)
+        if live.stream.unread_bytes > self._limits.slow_reader_bytes:
+            self._on_slow_reader(live)
+            return
         live.stream.put(delta)
         if delta.finish_reason is not None:
             self._on_finished(live, output, delta, now_s)
+
+    def _on_slow_reader(self, live: LiveRequest) -> None:
+        """Its client does not take what is there; the connection is cut by whoever watches that."""
+        self.count_refused(408, "slow_reader")
+        live.stream.drop_unread()
+        self._fail(live, RequestError("the client did not read what was sent", status=408, code="slow_reader"))
 
     def _on_finished(self, live: LiveRequest, output: Output, delta: Delta, now_s: float) -> None:
         request_id = live.request.request_id

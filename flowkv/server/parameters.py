@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from flowkv.config import LimitsConfig
 from flowkv.errors import RequestError
 from flowkv.server.protocol import GenerationBody
 from flowkv.types import Grammar, ModelInfo, Request, SamplingParams
@@ -16,10 +17,14 @@ class Limits:
     vocab_size: int
     max_model_tokens: int
     max_request_tokens: int  # the smaller of the context and the largest pool
+    max_prompt_tokens: int = 0  # 0: no limit but the one above
+    max_choices: int = 0  # 0: no limit of the operator's
 
     @classmethod
-    def of(cls, model: ModelInfo, max_request_tokens: int) -> "Limits":
-        return cls(model.vocab_size, model.max_model_tokens, min(max_request_tokens, model.max_model_tokens))
+    def of(cls, model: ModelInfo, max_request_tokens: int, config: LimitsConfig | None = None) -> "Limits":
+        config = config or LimitsConfig()
+        room = min(max_request_tokens, model.max_model_tokens)
+        return cls(model.vocab_size, model.max_model_tokens, room, config.prompt_tokens, config.choices)
 
     def check_ids(self, name: str, token_ids: Iterable[int]) -> None:
         bad = next((token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size), None)
@@ -27,7 +32,17 @@ class Limits:
             reason = f"{name} holds the token id {bad}, outside the vocabulary of {self.vocab_size}"
             raise RequestError(reason, param=name)
 
+    def check_choices(self, num_choices: int) -> None:
+        if self.max_choices and num_choices > self.max_choices:
+            reason = f"n of {num_choices} is more than the {self.max_choices} choices that this server allows"
+            raise RequestError(reason, param="n", code="too_many_choices")
+
     def check_length(self, name: str, num_prompt: int, max_tokens: int) -> None:
+        if self.max_prompt_tokens and num_prompt > self.max_prompt_tokens:
+            reason = (
+                f"the prompt has {num_prompt} tokens, more than the {self.max_prompt_tokens} that this server allows"
+            )
+            raise RequestError(reason, param=name, code="prompt_too_long")
         if num_prompt + max_tokens <= self.max_request_tokens:
             return
         if self.max_request_tokens < self.max_model_tokens:
@@ -60,6 +75,7 @@ def build_request(
         raise RequestError(f"{body.prompt_field} gives no token at all", param=body.prompt_field, code="empty_prompt")
     limits.check_ids(body.prompt_field, prompt_ids)
     limits.check_ids("stop_token_ids", body.stop_token_ids or [])
+    limits.check_choices(body.num_choices)
     max_tokens = body.wanted_tokens
     limits.check_length(body.prompt_field, len(prompt_ids), 1 if max_tokens is None else max_tokens)
     if max_tokens is None:

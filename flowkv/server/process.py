@@ -73,7 +73,7 @@ def _frontend(spec: FrontendSpec, context: SyncContext, outbox: Outbox, tokenize
     """Inside the event loop."""
     return Frontend(
         spec.name, AsyncMailbox(context, spec.address, spec.key), outbox, spec.controller_address, tokenizer,
-        on_ready=lambda: outbox.send(spec.launcher_address, Serving(spec.name)),
+        on_ready=lambda: outbox.send(spec.launcher_address, Serving(spec.name)), limits=spec.limits,
     )  # fmt: skip
 
 

@@ -17,11 +17,13 @@ class RequestStream:
         self._num_open = num_choices
         self._abort = abort
         self._deltas: list[Delta] = []
+        self.unread_bytes = 0  # of memory, about
         self._error: RequestError | None = None
         self._arrived = asyncio.Event()
 
     def put(self, delta: Delta) -> None:
         self._deltas.append(delta)
+        self.unread_bytes += delta.num_bytes
         if delta.finish_reason is not None:
             self._num_open -= 1
         self._arrived.set()
@@ -30,6 +32,10 @@ class RequestStream:
         """What has arrived is still read first."""
         self._error = self._error or error
         self._arrived.set()
+
+    def drop_unread(self) -> None:
+        self._deltas.clear()
+        self.unread_bytes = 0
 
     def abort(self) -> None:
         """The client has gone: stop every request of this stream, and end the iteration."""
@@ -49,4 +55,5 @@ class RequestStream:
             self._arrived.clear()
             await self._arrived.wait()
         deltas, self._deltas = self._deltas, []
+        self.unread_bytes = 0
         return deltas

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import zmq
 
+from flowkv.config import LimitsConfig
 from flowkv.errors import RequestError
 from flowkv.messages import Abort, FrontendHello, Rejected
 from flowkv.server.byte_tokenizer import ByteTokenizer
@@ -19,13 +20,19 @@ from tests.server.fake_cluster import VOCAB_SIZE, FakeCluster, outputs, say, sta
 Scenario = Callable[[Frontend, FakeCluster], Coroutine[None, None, None]]
 
 
-def run(scenario: Scenario, folder: Path, beat_s: float = 0.02, on_ready: Callable[[], None] = lambda: None) -> None:
+def run(
+    scenario: Scenario,
+    folder: Path,
+    beat_s: float = 0.02,
+    on_ready: Callable[[], None] = lambda: None,
+    limits: LimitsConfig | None = None,
+) -> None:
     context: SyncContext = zmq.Context()
 
     async def main(cluster: FakeCluster) -> None:
         mailbox, outbox = AsyncMailbox(context, f"ipc://{folder}/frontend"), Outbox(context)
         frontend = Frontend(
-            "f0", mailbox, outbox, cluster.address, ByteTokenizer(), beat_s=beat_s, on_ready=on_ready
+            "f0", mailbox, outbox, cluster.address, ByteTokenizer(), beat_s=beat_s, on_ready=on_ready, limits=limits
         )  # fmt: skip
         receiving = asyncio.create_task(frontend.run())
         async with asyncio.timeout(10):

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from flowkv.config import LimitsConfig
 from flowkv.errors import RequestError
 from flowkv.server.chat_body import decode_chat
 from flowkv.server.completion_body import decode_completion
@@ -113,3 +114,14 @@ def test_a_request_may_fill_the_context() -> None:
     assert build([1] * 50, max_tokens=50).max_total_tokens == 100
     assert build([1] * 99).sampling.max_tokens == 1
     assert build([1] * 30, Limits.of(MODEL, 32)).sampling.max_tokens == 2
+
+
+def test_an_operator_may_allow_less_than_the_cluster_can() -> None:
+    limits = Limits.of(MODEL, 100, LimitsConfig(prompt_tokens=3, choices=2))
+    assert build([1, 2, 3], limits, n=2).sampling.n == 2
+    with pytest.raises(RequestError, match="the prompt has 4 tokens, more than the 3") as refused:
+        build([1, 2, 3, 4], limits)
+    assert refused.value.code == "prompt_too_long"
+    with pytest.raises(RequestError, match="n of 3 is more than the 2 choices") as refused:
+        build([1], limits, n=3)
+    assert (refused.value.code, refused.value.param) == ("too_many_choices", "n")
