@@ -227,6 +227,19 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError("limits.slow_reader_bytes is at least 65536")
 
 
+class TracingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is kept of requests that have ended, for `/requests` and `/trace`, and where their spans are sent."""
+
+    keep_requests: int = 256
+    otlp_endpoint: str | None = None  # base URL of an OpenTelemetry collector (HTTP); None: no spans are made
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.keep_requests <= 1_000_000:
+            raise ValueError(f"tracing.keep_requests is a number of requests, not {self.keep_requests}")
+        if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"tracing.otlp_endpoint is a URL such as http://host:4318, not {self.otlp_endpoint!r}")
+
+
 class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Several nodes. All of them must have the same key: from this file, or else from the environment."""
 
@@ -275,6 +288,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     transfer: TransferConfig = msgspec.field(default_factory=TransferConfig)
     network: NetworkConfig = msgspec.field(default_factory=NetworkConfig)
     restart: RestartConfig = msgspec.field(default_factory=RestartConfig)
+    tracing: TracingConfig = msgspec.field(default_factory=TracingConfig)
     slo: SloConfig = msgspec.field(default_factory=SloConfig)
     scheduling: SchedulingConfig = msgspec.field(default_factory=SchedulingConfig)
     simulate: SimulateConfig = msgspec.field(default_factory=SimulateConfig)

@@ -16,6 +16,8 @@ from prometheus_client.registry import Collector
 from flowkv.types import FinishReason, InstanceStatus, Regime
 
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+PHASE_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *LATENCY_BUCKETS_S)
+TOKEN_BUCKETS = tuple(2**power for power in range(0, 19, 2))
 ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.4, 1.0, 2.5)
 
 LOAD_GAUGES = {
@@ -85,6 +87,33 @@ class Cluster(Protocol):
 
     @property
     def num_refused(self) -> int: ...
+
+
+class Phase(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+
+class EndedRequest(Protocol):
+    """What is measured of a request once it is over."""
+
+    @property
+    def phases(self) -> Sequence[Phase]: ...
+
+    @property
+    def tpot_s(self) -> float | None: ...
+
+    @property
+    def unaccounted_s(self) -> float: ...
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    @property
+    def output_tokens(self) -> int: ...
 
 
 class ClusterCollector(Collector):
@@ -161,6 +190,13 @@ class FrontendMetrics:
         self.ttft_s = self._histogram("ttft", "Arrival to first token", LATENCY_BUCKETS_S)
         self.itl_s = self._histogram("itl", "Gap between two output tokens of a choice", ITL_BUCKETS_S)
         self.e2e_s = self._histogram("e2e", "Arrival to the end of the last choice", LATENCY_BUCKETS_S)
+        self.tpot_s = self._histogram("tpot", "Mean gap between the output tokens of a request", ITL_BUCKETS_S)
+        text = "Time of a request in each phase of its life; docs/observability.md lists them"
+        self._phase_s = Histogram(
+            "flowkv_phase_seconds", text, ["phase"], buckets=PHASE_BUCKETS_S, registry=self.registry
+        )
+        self._request_prompt_tokens = self._sizes("prompt", "Prompt tokens of a request")
+        self._request_output_tokens = self._sizes("output", "Output tokens of a request, of all of its choices")
         self.num_requests = self._counter("requests", "Requests submitted")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of submitted requests")
         self.output_tokens = self._counter("output_tokens", "Tokens sent to clients")
@@ -173,6 +209,16 @@ class FrontendMetrics:
         for reason in FinishReason:
             self._finished.labels(reason.value)
         self.registry.register(ClusterCollector(cluster))
+
+    def count_ended(self, request: EndedRequest) -> None:
+        """Once a request, whatever became of it."""
+        for phase in request.phases:
+            self._phase_s.labels(phase.name).observe(phase.seconds)
+        self._phase_s.labels("unaccounted").observe(request.unaccounted_s)
+        self._request_prompt_tokens.observe(request.prompt_tokens)
+        self._request_output_tokens.observe(request.output_tokens)
+        if request.tpot_s is not None:
+            self.tpot_s.observe(request.tpot_s)
 
     def count_finished(self, reason: FinishReason) -> None:
         self._finished.labels(reason.value).inc()
@@ -187,6 +233,9 @@ class FrontendMetrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"flowkv_{name}_seconds", text, buckets=buckets, registry=self.registry)
+
+    def _sizes(self, name: str, text: str) -> Histogram:
+        return Histogram(f"flowkv_request_{name}_tokens", text, buckets=TOKEN_BUCKETS, registry=self.registry)
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"flowkv_{name}", text, registry=self.registry)

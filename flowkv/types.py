@@ -132,7 +132,7 @@ class Timings(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
 
     queued_s: float = 0.0  # until the step with its first chunk began
     prefill_s: float = 0.0  # until its prompt was computed
-    reserved_s: float = 0.0  # blocks were kept for it, and none was filled yet
+    reserved_s: float = 0.0  # blocks were kept for it, and none was filled yet, nor all on their way
     transfer_s: float = 0.0  # until all of its KV was here
     waiting_s: float = 0.0  # until its first step of decoding began
     decode_s: float = 0.0  # until this output

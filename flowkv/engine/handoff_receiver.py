@@ -134,6 +134,7 @@ class HandoffReceiver:
         incoming = self._incoming.get((message.source, message.attempt))
         fate = self._history(message.source).fate(message.attempt)
         if incoming is not None and not incoming.is_cancelled:
+            incoming.stamps.fill(self._clock.now_s)
             incoming.ready = message
             self._finish(incoming)
         elif fate is Fate.ADOPTED:

@@ -15,7 +15,7 @@ class Stamps:
     queued_s: float | None = None  # its prompt is to be computed here
     started_s: float | None = None  # the step with its first chunk began
     reserved_s: float | None = None  # a peer is to fill blocks here
-    filling_s: float | None = None  # the first of them came
+    filling_s: float | None = None  # the first of them came, or the word that all are on their way
     ready_s: float | None = None  # all of its KV is here
     decoding_s: float | None = None  # its first step of decoding began
 

@@ -16,6 +16,7 @@ from flowkv.server.completions_api import CompletionsApi
 from flowkv.server.dashboard import Dashboard
 from flowkv.server.endpoint import Endpoint
 from flowkv.server.frontend import Frontend
+from flowkv.server.requests_api import RequestsApi
 from flowkv.server.response import error_body, retry_headers
 from flowkv.server.status_api import StatusApi
 from flowkv.server.text_service import TextService
@@ -31,6 +32,7 @@ def create_app(frontend: Frontend, model_name: str, config: ServerConfig) -> Sta
         *TokensApi(service).endpoints(),
         *StatusApi(service).endpoints(),
         *Dashboard(service).endpoints(),
+        *RequestsApi(frontend).endpoints(),
     ]
     routes = [
         *(endpoint.route() for endpoint in endpoints),

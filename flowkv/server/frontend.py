@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from flowkv.config import LimitsConfig
+from flowkv.config import LimitsConfig, TracingConfig
 from flowkv.errors import ProtocolError, RequestError
 from flowkv.messages import (
     Abort,
@@ -29,9 +29,11 @@ from flowkv.server.caller import Caller, current_caller
 from flowkv.server.choice import Choice, Delta
 from flowkv.server.cluster_view import ClusterView
 from flowkv.server.history import History
+from flowkv.server.journal import Journal
 from flowkv.server.parameters import Limits
 from flowkv.server.stop_strings import StopStrings
 from flowkv.server.stream import RequestStream
+from flowkv.server.timeline import RequestRecord, Timeline
 from flowkv.server.tokenizer import Tokenizer
 from flowkv.server.watch import ClusterWatch
 from flowkv.types import FinishReason, Output, Request
@@ -57,6 +59,7 @@ class LiveRequest:
     choices: list[Choice]
     caller: Caller
     arrival_s: float
+    timeline: Timeline
     attempt: int = 0
     is_answered: bool = False  # accepted or rejected: not submitted again
     first_token_s: float | None = None
@@ -80,11 +83,14 @@ class Frontend:
         clock: Callable[[], float] = time.monotonic,
         on_ready: Callable[[], None] = lambda: None,
         limits: LimitsConfig | None = None,
+        num_kept: int = TracingConfig().keep_requests,
     ) -> None:
-        """`on_ready` is called once, when the cluster is ready for the first time."""
+        """`on_ready` is called once, when the cluster is ready for the first time. `num_kept` requests that have ended
+        are remembered."""
         self.tokenizer = tokenizer
         self.status: ClusterStatus | None = None
         self.metrics = FrontendMetrics(lambda: self.status)
+        self.journal = Journal(num_kept, [self.metrics.count_ended])
         self.now_s = clock
         self.epoch = secrets.token_hex(8)  # of this process
         self.history = History(clock())
@@ -114,6 +120,11 @@ class Frontend:
         """A call that was answered with an error, or cut off; `reason` is a code of ours, never a client's words."""
         self.metrics.count_refused(status, reason)
         self.history.refused(self.now_s())
+
+    def live_records(self) -> list[RequestRecord]:
+        """Of those that have not ended, the oldest first."""
+        now_s = self.now_s()
+        return [live.timeline.record(now_s) for live in self._live.values()]
 
     def limits(self) -> Limits:
         """Raises `RequestError` (503) while the cluster cannot take requests."""
@@ -152,12 +163,14 @@ class Frontend:
         request_ids = [request.request_id for request in requests]
         caller = current_caller()
         stream = RequestStream(num_choices, lambda: self._abort_all(request_ids))
-        number = 0
+        number, now_s = 0, self.now_s()
         for request in map(caller.ranked, requests):
             choices = [self._choice(number + c, request, options) for c in range(request.sampling.n)]
             number += len(choices)
-            self._live[request.request_id] = LiveRequest(request, stream, choices, caller, arrival_s)
-            caller.spend(len(request.prompt_ids), self.now_s())
+            timeline = Timeline(request, time.time() - (now_s - arrival_s), arrival_s, now_s)
+            stream.timelines.append(timeline)
+            self._live[request.request_id] = LiveRequest(request, stream, choices, caller, arrival_s, timeline)
+            caller.spend(len(request.prompt_ids), now_s)
             self.metrics.num_requests.inc()
             self.metrics.prompt_tokens.inc(len(request.prompt_ids))
             self.history.submitted(arrival_s, len(request.prompt_ids))
@@ -173,6 +186,9 @@ class Frontend:
         for choice in live.choices:
             if choice.finish_reason is None:
                 self.metrics.count_finished(FinishReason.ABORT)
+        if not live.timeline.is_over:
+            live.timeline.aborted(self.now_s())
+            self._remember(live)
 
     def drain(self, timeout_s: float) -> None:
         """No new requests; those that are open go on, and `close` comes within `timeout_s`."""
@@ -224,11 +240,12 @@ class Frontend:
 
     def _receive(self, message: AnyMessage) -> None:
         match message:
-            case Outputs(outputs=outputs):
-                self._on_outputs(outputs)
+            case Outputs():
+                self._on_outputs(message)
             case Accepted(request_id=request_id):
                 if (live := self._live.get(request_id)) is not None:
                     live.is_answered = True
+                    live.timeline.accepted(self.now_s())
             case Rejected():
                 self._on_rejected(message)
             case ClusterStatus():
@@ -261,15 +278,22 @@ class Frontend:
 
     def _fail(self, live: LiveRequest, error: RequestError) -> None:
         """The stream's other requests have no reader any more."""
+        live.timeline.failed(error, self.now_s())
+        self._remember(live)
         live.stream.fail(error)
         live.stream.abort()
 
-    def _on_outputs(self, outputs: list[Output]) -> None:
+    def _remember(self, live: LiveRequest) -> None:
+        self.journal.add(live.timeline.record(self.now_s()))
+
+    def _on_outputs(self, message: Outputs) -> None:
         now_s = self.now_s()
         unknown: set[str] = set()
-        for output in outputs:
+        for output in message.outputs:
             live = self._live.get(output.request_id)
             if live is not None:
+                if output.timings is not None:
+                    live.timeline.heard(message.instance, output, output.timings, now_s)
                 self._on_output(live, self._checked(output), now_s)
             elif output.finish_reason is None:
                 unknown.add(output.request_id)
@@ -296,9 +320,11 @@ class Frontend:
             for choice in live.choices:
                 choice.restart()
         choice = live.choices[output.choice]
+        began_s = self.now_s()
         delta = choice.accept(output)
         if delta is None:
             return
+        live.timeline.put_out(len(delta.token_ids), self.now_s() - began_s, now_s)
         self._measure(live, delta, now_s)
         if live.stream.unread_bytes > self._limits.slow_reader_bytes:
             self._on_slow_reader(live)
@@ -324,6 +350,10 @@ class Frontend:
         if delta.finish_reason is FinishReason.ERROR:
             reason = delta.error or "the instance that held the request failed"
             self._fail(live, RequestError(reason, status=500, code="instance_failed"))
+        elif live.is_finished:
+            assert delta.finish_reason is not None
+            live.timeline.finished(delta.finish_reason, now_s)
+            self._remember(live)
 
     def _measure(self, live: LiveRequest, delta: Delta, now_s: float) -> None:
         if delta.finish_reason is not None:

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable
 
 from flowkv.errors import RequestError
 from flowkv.server.choice import Delta
+from flowkv.server.timeline import Timeline
 
 
 class RequestStream:
@@ -16,6 +17,7 @@ class RequestStream:
     def __init__(self, num_choices: int, abort: Callable[[], None]) -> None:
         self._num_open = num_choices
         self._abort = abort
+        self.timelines: list[Timeline] = []  # of its requests
         self._deltas: list[Delta] = []
         self.unread_bytes = 0  # of memory, about
         self._error: RequestError | None = None
