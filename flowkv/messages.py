@@ -20,12 +20,12 @@ from flowkv.types import (
     LinkStatus,
     ModelInfo,
     Output,
+    OutputIds,
     PoolDescriptor,
     Regime,
     Request,
     Role,
     Seconds,
-    TokenId,
 )
 
 RESTART_MARK = "~"  # in the name of an instance that takes the place of one that ended: decode-0, then decode-0~1
@@ -54,10 +54,20 @@ class FrontendHello(Message):
 
 
 class Submit(Message):
-    """Run a request. Repeated until `Accepted` or `Rejected` comes back; a repetition changes nothing."""
+    """Run a request. Repeated until `Accepted` or `Rejected` comes back; a repetition changes nothing.
+
+    One that `resumes` an attempt that was lost (its id) goes on after `output_ids`; empty, it begins anew. It was
+    accepted before, so it is not turned away for want of an instance that lives: it is repeated until there is one.
+    One that is a claim may run somewhere already: the controller that had accepted it is gone. If it does not, `Lost`
+    comes back. What was sent to another `controller` (`ClusterStatus`) is ignored: its frontend will claim it.
+    """
 
     frontend: str
     request: Request
+    output_ids: OutputIds = {}
+    resumes: str | None = None
+    is_claim: bool = False
+    controller: str = ""
 
 
 class Abort(Message):
@@ -86,6 +96,10 @@ class Register(Message):
     version: str  # of FlowKV
     epoch: str  # of the cluster: from the controller that this instance was started for
     max_batch_tokens: int = 512  # prompt tokens computed in one step, at most
+    # When it has served before, and introduces itself to a controller that was started again:
+    sequence: int = 0  # of the last Dispatch that it took
+    running: list[str] = []  # requests that it answers for
+    sending: list[str] = []  # requests that it answers for until a peer has taken them over
 
 
 class StepSample(Message):
@@ -120,6 +134,7 @@ class LoadReport(Message):
     unanswered: list[tuple[str, str]] = []  # (request id, instance that may own it but has been silent for a lease)
     is_drained: bool = False  # after `Drain`: nothing is left here
     prefilled: list[str] = []  # requests whose first token has come since the last report
+    address: str = ""  # mailbox of the instance: a controller that does not know it says `Introduce`
 
 
 class InstanceExited(Message):
@@ -165,14 +180,15 @@ class Leave(Message):
 class Dispatch(Message):
     """Prefill this request, then hand it to the first of `decode_instances` that has room.
 
-    An empty list means: decode it here. Outputs go straight to `frontend_address`.
+    An empty list means: decode it here. Outputs go straight to `frontend_address`. A request that goes on after
+    `output_ids` is computed up to there, and decoded here.
     """
 
     sequence: int
     request: Request
-    attempt: int
     frontend_address: str
     decode_instances: list[str]
+    output_ids: OutputIds = {}
 
 
 class SetRole(Message):
@@ -226,7 +242,6 @@ class Reserve(Message):
     source: str
     attempt: int
     request: Request
-    request_attempt: int
     frontend_address: str
     oldest_attempt: int = 0
     lease_s: float = 0.0
@@ -261,7 +276,7 @@ class KvReady(Message):
     request_id: str
     attempt: int
     num_blocks: int
-    output_ids: dict[int, list[TokenId]]
+    output_ids: OutputIds
 
 
 class Renew(Message):
@@ -324,6 +339,16 @@ class Rejected(Message):
     retry_after_s: float | None = None  # when there may be room again
 
 
+class Lost(Message):
+    """The instance that answered for an attempt is gone, or stalled, and the request has to go on elsewhere.
+
+    The frontend knows what has come of it: answered by a `Submit` that resumes it, or by `Abort` where nobody waits for
+    it any more. Repeated until then.
+    """
+
+    request_id: str
+
+
 class Outputs(Message):
     """All that one step of one instance has for this frontend."""
 
@@ -341,6 +366,8 @@ class ClusterStatus(Message):
     regime: Regime = Regime.NORMAL
     num_flips: int = 0  # of roles, by the controller
     num_refused: int = 0  # requests that admission turned away
+    num_lost: int = 0  # attempts that ended with their instance
+    controller: str = ""  # which one says so: another name means that it was started again, and knows no request
 
 
 # --- to the launcher -----------------------------------------------------------------------------------------------
@@ -461,6 +488,7 @@ AnyMessage = (
     | CancelAck
     | Accepted
     | Rejected
+    | Lost
     | Outputs
     | ClusterStatus
     | Progress

@@ -198,6 +198,9 @@ class FrontendMetrics:
         self._request_prompt_tokens = self._sizes("prompt", "Prompt tokens of a request")
         self._request_output_tokens = self._sizes("output", "Output tokens of a request, of all of its choices")
         self.num_requests = self._counter("requests", "Requests submitted")
+        self.num_recoveries = self._counter(
+            "recoveries", "Requests that went on elsewhere after their instance was lost"
+        )
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of submitted requests")
         self.output_tokens = self._counter("output_tokens", "Tokens sent to clients")
         finished = "Choices that ended, by why (stop, length, abort or error)"

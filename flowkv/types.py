@@ -15,6 +15,14 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # no NaN and no infinity either
 NumChoices = Annotated[int, msgspec.Meta(ge=1, le=2**16)]
 
+ATTEMPT_MARK = "~"  # in the id of a request that goes on after its instance was lost: cmpl-1-0, then cmpl-1-0~1
+OutputIds = dict[int, list[TokenId]]  # by choice that runs: what it has put out so far
+
+
+def attempt_id(request_id: str, attempt: int) -> str:
+    """Of the `attempt`-th try at running the request whose first one has this id."""
+    return f"{request_id}{ATTEMPT_MARK}{attempt}" if attempt else request_id
+
 
 class Role(StrEnum):
     """An instance's preferred phase. It sets the order and the prefill budget of a step, never exclusion."""
@@ -95,9 +103,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """One prompt and how to continue it. Any instance can run it from this alone.
+    """One prompt and how to continue it. Any instance can run it from this, and what it has put out so far, alone.
 
-    Among requests that wait, those of a lower `priority` go first; equal ones in the order of their arrival.
+    The id is of one attempt (`attempt_id`): what an attempt that was given up still sends can reach no other. Among
+    requests that wait, those of a lower `priority` go first; equal ones in the order of their arrival.
     """
 
     request_id: str
@@ -141,14 +150,13 @@ class Timings(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
 class Output(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     """New tokens of one choice. Order is `index`, never arrival: P's first token has 0, D's first has 1.
 
-    `attempt` lets the frontend drop what an attempt that was given up still sends. `prompt_logprobs` comes once,
-    with the first output of choice 0; it has one entry for every prompt token but the first. `timings` come with the
-    first and the last that an instance puts out of a choice, and with the first after it was preempted.
+    `prompt_logprobs` comes once, with the first output of choice 0; it has one entry for every prompt token but the
+    first. `timings` come with the first and the last that an instance puts out of a choice, and with the first after
+    it was preempted.
     """
 
     request_id: str
     choice: Count
-    attempt: Count
     index: Count
     token_ids: list[TokenId]
     finish_reason: FinishReason | None = None

@@ -8,27 +8,35 @@ counts come to harm. Nodes can be frozen, woken and killed at any moment.
 """
 
 import random
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
+
+import msgspec
 
 from flowkv import __version__
 from flowkv.cluster.controller import Controller
+from flowkv.cluster.rebuild import Rebuild
 from flowkv.config import EngineConfig, SchedulingConfig
 from flowkv.engine.batch import Batch, Runner
 from flowkv.engine.effects import CancelWrite, Connect, Disconnect, Effect, Expect, Forget, MoveBlocks, Send, Write
 from flowkv.engine.engine import Engine
 from flowkv.engine.toy import ToyRunner, toy_layout
+from flowkv.errors import ProtocolError
 from flowkv.kv.layout import KvLayout
 from flowkv.messages import (
     Abort,
     Accepted,
     Cancel,
     CancelAck,
+    ClusterStatus,
     FrontendHello,
     InstanceExited,
+    Introduce,
     KvReady,
+    Lost,
     Message,
     Outputs,
     PeerInfo,
@@ -45,7 +53,17 @@ from flowkv.messages import (
 )
 from flowkv.transfer.base import Written
 from flowkv.transfer.local import LocalTransfer
-from flowkv.types import FinishReason, ModelInfo, Output, Request, Role, SamplingParams, TokenLogprobs
+from flowkv.types import (
+    ATTEMPT_MARK,
+    FinishReason,
+    ModelInfo,
+    Output,
+    Request,
+    Role,
+    SamplingParams,
+    TokenLogprobs,
+    attempt_id,
+)
 
 CONTROLLER, FRONTEND, LAUNCHER, EPOCH = "controller", "frontend", "launcher", "epoch"
 BEAT_S = 1.0
@@ -100,6 +118,37 @@ class Answer:
         assert self.num_tokens is None or max(self.tokens, default=-1) < self.num_tokens, "tokens after the end"
         self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
 
+    @property
+    def has_ended(self) -> bool:
+        """To the last token."""
+        return self.num_tokens is not None and len(self.tokens) == self.num_tokens
+
+    def restart(self) -> None:
+        """The next attempt goes on after the tokens without a gap before them."""
+        if not self.has_ended:
+            num_out = next(i for i in count() if i not in self.tokens)
+            self.tokens = {i: self.tokens[i] for i in range(num_out)}
+            self.logprobs = {i: logprob for i, logprob in self.logprobs.items() if i < num_out}
+            self.finish_reason = self.num_tokens = None
+
+
+@dataclass
+class Live:
+    """A request that the frontend waits for, in its present attempt."""
+
+    submit: Submit
+    num_attempts: int = 0
+    is_answered: bool = False
+    is_claim: bool = False
+
+    @property
+    def is_waiting(self) -> bool:
+        """For an answer, without which it is submitted again."""
+        return (self.num_attempts > 0 or self.is_claim) and not self.is_answered
+
+    def next_submit(self) -> Submit:
+        return msgspec.structs.replace(self.submit, is_claim=self.is_claim)
+
 
 class Node:
     """One instance: an engine, its pool and its runner."""
@@ -113,7 +162,8 @@ class Node:
         buffer = memoryview(bytearray(num_blocks * layout.block_bytes))
         self.runner = make_runner(layout, buffer, num_blocks)
         self.transfer = LocalTransfer(network, name, buffer, layout.block_bytes, layout.fingerprint)
-        self.engine = Engine(name, config, num_blocks, role, CONTROLLER, LEASE_S)
+        self.engine = Engine(name, config, num_blocks, role, CONTROLLER, LEASE_S, address=name)
+        self.register: Register | None = None
         self.peer = PeerInfo(name, name, self.transfer.descriptor)
         self.batch: Batch | None = None
         self.writes: deque[Write] = deque()
@@ -142,6 +192,8 @@ class Cluster:
         self.faults: Faults | None = None  # none before everyone knows everyone
         self.late: list[tuple[str, str, Message]] = []  # (sender, receiver, message)
         scheduling = scheduling or SchedulingConfig(roles="fixed")
+        self.scheduling, self.num_controllers = scheduling, 1
+        self.dead: list[str] = []
         self.controller = Controller(len(roles), EPOCH, "local", LEASE_S, scheduling=scheduling)
         layout = layout or toy_layout(self.config.block_size)
         self.network: dict[str, LocalTransfer] = {}
@@ -150,18 +202,22 @@ class Cluster:
         self.answers: dict[tuple[str, int], Answer] = defaultdict(Answer)
         self.rejected: dict[str, Rejected] = {}
         self.num_rejected = 0
+        self.num_lost = 0
+        self.known_controller = CONTROLLER
+        self.num_attempts: Counter[str] = Counter()
+        self.live: dict[str, Live] = {}  # by the id of its first attempt
         self.accepted: set[str] = set()
+        self.dropped: set[tuple[str, int]] = set()  # choices that nobody waits for
         self.has_killed = False
         self._post(FRONTEND, CONTROLLER, FrontendHello(FRONTEND, FRONTEND))
         for i, role in enumerate(roles):
             node = Node(f"{role}-{i}", role, self.config, num_blocks, self.network, layout, make_runner)
             self.nodes[node.name] = node
             model = ModelInfo(name="toy", dtype="toy", vocab_size=256, max_model_tokens=4096)
-            self._post(
-                node.name, CONTROLLER, Register(
-                    node.peer, role, model, self.config.block_size, self.config.max_choices, __version__, EPOCH
-                ),
+            node.register = Register(
+                node.peer, role, model, self.config.block_size, self.config.max_choices, __version__, EPOCH
             )  # fmt: skip
+            self._post(node.name, CONTROLLER, node.register)
         if settled:
             self.run()
         self.faults = faults
@@ -171,10 +227,16 @@ class Cluster:
     def submit(self, request_id: str, prompt_ids: list[int], **sampling: object) -> None:
         params = SamplingParams(**({"temperature": 0.0} | sampling))  # type: ignore[arg-type]
         request = Request(request_id=request_id, prompt_ids=prompt_ids, sampling=params)
-        self._post(FRONTEND, CONTROLLER, Submit(FRONTEND, request))
+        self.live[request_id] = Live(Submit(FRONTEND, request, controller=self.known_controller))
+        self._post(FRONTEND, CONTROLLER, self.live[request_id].submit)
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
-        self._post(FRONTEND, CONTROLLER, Abort(request_id, choice))
+        live = self.live.get(request_id)
+        if choice is None:
+            self.live.pop(request_id, None)
+        else:
+            self.dropped.add((request_id, choice))
+        self._post(FRONTEND, CONTROLLER, Abort(live.submit.request.request_id if live else request_id, choice))
 
     def kill(self, name: str) -> None:
         """As a process dies: what it has sent still arrives, what it was sent does not."""
@@ -184,7 +246,22 @@ class Cluster:
             if receiver == name:
                 del self.channels[sender, receiver]
         self.late = [late for late in self.late if late[1] != name]
+        self.dead.append(name)
         self._post(LAUNCHER, CONTROLLER, InstanceExited(name, "was killed"))
+
+    def restart_controller(self) -> None:
+        """The controller is killed, with some of what it was sent and had sent; another takes its place."""
+        for channel, queue in self.channels.items():
+            while queue and CONTROLLER in channel and self._happens(0.5):
+                queue.pop() if channel[0] == CONTROLLER else queue.popleft()
+        self.num_controllers += 1
+        self.controller = Controller(
+            len(self.nodes), EPOCH, "local", LEASE_S, scheduling=self.scheduling,
+            name=f"{CONTROLLER}~{self.num_controllers}", rebuild=Rebuild(self.nodes, has_nodes=False),
+        )  # fmt: skip
+        self._post(FRONTEND, CONTROLLER, FrontendHello(FRONTEND, FRONTEND))
+        for name in self.dead:
+            self._post(LAUNCHER, CONTROLLER, InstanceExited(name, "was killed"))
 
     def freeze(self, name: str) -> None:
         """As SIGSTOP does. What it has posted is written when it wakes, or meanwhile, as a network card would."""
@@ -201,6 +278,9 @@ class Cluster:
             self.now_s += BEAT_S
             self.controller.tick(self.now_s)
             self._carry_out_controller()
+            for live in self.live.values():
+                if live.is_waiting:
+                    self._post(FRONTEND, CONTROLLER, live.next_submit())
             for node in self.nodes.values():
                 if not node.is_frozen:
                     node.engine.tick(self.now_s)
@@ -227,7 +307,9 @@ class Cluster:
 
     @property
     def is_at_rest(self) -> bool:
-        return all(node.engine.is_idle for node in self.nodes.values()) and not self.controller.num_assignments
+        is_waiting = any(live.is_waiting for live in self.live.values())
+        is_idle = all(node.engine.is_idle for node in self.nodes.values())
+        return is_idle and not (self.controller.num_assignments or is_waiting)
 
     def ids(self, request_id: str, choice: int = 0) -> list[int]:
         answer = self.answers[request_id, choice]
@@ -287,10 +369,17 @@ class Cluster:
 
     def _receive(self, receiver: str, message: Message) -> None:
         if receiver == CONTROLLER:
-            self.controller.handle(message, self.now_s)
+            try:
+                self.controller.handle(message, self.now_s)
+            except ProtocolError:  # a new controller does not know everyone yet
+                assert self.num_controllers > 1
             self._carry_out_controller()
         elif receiver == FRONTEND:
             self._hear(message)
+        elif receiver in self.nodes and isinstance(message, Introduce):
+            node = self.nodes[receiver]
+            assert node.register is not None
+            self._post(receiver, CONTROLLER, node.engine.introduction(node.register))
         elif receiver in self.nodes and not isinstance(message, Registered):  # what the process around it takes
             self.nodes[receiver].engine.handle(message, self.now_s)
             self._carry_out(self.nodes[receiver])
@@ -299,14 +388,71 @@ class Cluster:
         match message:
             case Accepted():
                 self.accepted.add(message.request_id)
+                if (live := self._live(message.request_id)) is not None:
+                    live.is_answered, live.is_claim = True, False
             case Rejected():
-                self.rejected[message.request_id] = message
+                self.rejected[message.request_id.partition(ATTEMPT_MARK)[0]] = message
+                self.live.pop(message.request_id.partition(ATTEMPT_MARK)[0], None)
                 self.num_rejected += 1
+            case Lost():
+                self._resume(message.request_id)
+            case ClusterStatus() if message.controller != self.known_controller:
+                self.known_controller = message.controller
+                self._claim_all()
             case Outputs():
                 for output in message.outputs:
-                    self.answers[output.request_id, output.choice].add(message.instance, output, self.has_killed)
+                    self._hear_output(message.instance, output)
             case _:
                 pass
+
+    def _claim_all(self) -> None:
+        for live in self.live.values():
+            live.is_answered, live.is_claim = False, True
+            live.submit = msgspec.structs.replace(live.submit, controller=self.known_controller)
+            self._post(FRONTEND, CONTROLLER, live.next_submit())
+
+    def _live(self, request_id: str) -> Live | None:
+        """None where nobody waits for this attempt any more."""
+        live = self.live.get(request_id.partition(ATTEMPT_MARK)[0])
+        return live if live is not None and live.submit.request.request_id == request_id else None
+
+    def _hear_output(self, instance: str, output: Output) -> None:
+        first_id = output.request_id.partition(ATTEMPT_MARK)[0]
+        if output.request_id != attempt_id(first_id, self.num_attempts[first_id]):
+            if output.finish_reason is None:
+                self._post(FRONTEND, CONTROLLER, Abort(output.request_id))
+            return
+        self.answers[first_id, output.choice].add(instance, output, self.has_killed)
+        if all(self._is_over(first_id, choice) for choice in range(self._num_choices(first_id))):
+            self.live.pop(first_id, None)
+
+    def _num_choices(self, first_id: str) -> int:
+        return self.live[first_id].submit.request.sampling.n if first_id in self.live else 0
+
+    def _is_over(self, first_id: str, choice: int) -> bool:
+        return self.answers[first_id, choice].has_ended or (first_id, choice) in self.dropped
+
+    def _resume(self, request_id: str) -> None:
+        """As the frontend does."""
+        self.num_lost += 1
+        live, first_id = self._live(request_id), request_id.partition(ATTEMPT_MARK)[0]
+        if live is None:
+            self._post(FRONTEND, CONTROLLER, Abort(request_id))
+            return
+        choices = [c for c in range(self._num_choices(first_id)) if not self._is_over(first_id, c)]
+        output_ids = {}
+        for choice in choices:
+            self.answers[first_id, choice].restart()
+            output_ids[choice] = list(self.answers[first_id, choice].tokens.values())
+        if len(choices) == self._num_choices(first_id) and not any(output_ids.values()):
+            output_ids = {}
+        live.num_attempts = self.num_attempts[first_id] = live.num_attempts + 1
+        live.is_answered = live.is_claim = False
+        request = msgspec.structs.replace(
+            live.submit.request, request_id=attempt_id(first_id, live.num_attempts)
+        )  # fmt: skip
+        live.submit = Submit(FRONTEND, request, output_ids, request_id, controller=self.known_controller)
+        self._post(FRONTEND, CONTROLLER, live.submit)
 
     def _write(self, node: Node) -> None:
         write = node.writes.popleft()

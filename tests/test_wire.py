@@ -37,7 +37,7 @@ REQUEST = Request(
 KEY, OTHER_KEY = ClusterKey.derive("a" * 32), ClusterKey.derive("b" * 32)
 PEER = m.PeerInfo("p0.1", "ipc:///run/p0", descriptor("p0.1"))
 LOGPROBS = TokenLogprobs(5, -0.25, [(5, -0.25), (6, -2.0)])
-OUTPUT = Output("r0", 1, 0, 3, [5], FinishReason.STOP, 5, [LOGPROBS], [LOGPROBS], "why")
+OUTPUT = Output("r0", 1, 3, [5], FinishReason.STOP, 5, [LOGPROBS], [LOGPROBS], "why")
 STATUS = InstanceStatus(
     name="p0.1",
     role=Role.PREFILL,
@@ -72,6 +72,8 @@ EXAMPLES: list[m.AnyMessage] = [
         prefilled=["r3"],
     ),
     m.SetRole(Role.DECODE),
+    m.Introduce(),
+    m.Lost("r0"),
     m.Drain(),
     m.StartInstance(Role.PREFILL),
     m.StopInstance("p0.1"),
@@ -81,10 +83,10 @@ EXAMPLES: list[m.AnyMessage] = [
     m.Join("l0", "host/0", "tcp://10.0.0.2:4000", "0.1"),
     m.NodeBeat("l0", "tcp://10.0.0.2:4000", "epoch"),
     m.Leave("l0"),
-    m.Dispatch(1, REQUEST, 0, "ipc:///run/f0", ["d0.1"]),
+    m.Dispatch(1, REQUEST, "ipc:///run/f0", ["d0.1"]),
     m.PeerUp(PEER),
     m.PeerDown("p0.1"),
-    m.Reserve("p0.1", 0, REQUEST, 1, "ipc:///run/f0"),
+    m.Reserve("p0.1", 0, REQUEST, "ipc:///run/f0"),
     m.Reserved("d0.1", "r0", 0, 77, [4, 5]),
     m.Refused("d0.1", "r0", 0),
     m.KvReady("p0.1", "r0", 0, 2, {0: [9], 1: []}),
@@ -93,7 +95,7 @@ EXAMPLES: list[m.AnyMessage] = [
     m.CancelAck("p0.1", "r0", 0),
     m.Accepted("r0"),
     m.Rejected("r0", 400, "too long", "context_length_exceeded", "prompt"),
-    m.Outputs("d0.1", [OUTPUT, Output("r0", 0, 0, 0, [1])]),
+    m.Outputs("d0.1", [OUTPUT, Output("r0", 0, 0, [1])]),
     m.ClusterStatus(True, MODEL, 512, [STATUS]),
     m.Progress("p0", 0.5, "loading"),
     m.Ready("p0"),

@@ -55,12 +55,12 @@ class Others:
         self.address = self._mailbox.address
 
     def dispatch(self, request: Request) -> None:
-        self._send(Dispatch(next(self._numbers), request, 0, self.address, []))
+        self._send(Dispatch(next(self._numbers), request, self.address, []))
 
     def hand_over(self, request: Request) -> None:
         """As if all of its KV had been written and the first token drawn elsewhere."""
         attempt = next(self._numbers)
-        self._send(Reserve("prefill", attempt, request, 0, self.address))
+        self._send(Reserve("prefill", attempt, request, self.address))
         self._send(KvReady("prefill", request.request_id, attempt, 0, {0: [request.prompt_ids[0]]}))
 
     def abort(self, request: Request) -> None:

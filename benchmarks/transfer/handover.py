@@ -213,7 +213,7 @@ class Conductor:
         self._seen[request_id] = _Seen()
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         request = Request(request_id=request_id, prompt_ids=[paced.TOKEN] * num_tokens, sampling=sampling)
-        self._send(instance, Dispatch(number, request, 0, self._mailbox.address, list(decoders)))
+        self._send(instance, Dispatch(number, request, self._mailbox.address, list(decoders)))
         return request_id
 
     def _send(self, instance: str, message: Message) -> None:

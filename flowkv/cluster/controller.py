@@ -10,6 +10,7 @@ from flowkv.cluster.liveness import stall_timeout_s
 from flowkv.cluster.load import InstanceView
 from flowkv.cluster.overload import Overload
 from flowkv.cluster.policy import Ask
+from flowkv.cluster.rebuild import Rebuild
 from flowkv.cluster.roles import Flip
 from flowkv.cluster.scheduler import Placement
 from flowkv.config import SchedulingConfig, SloConfig, TransferConfig
@@ -24,7 +25,9 @@ from flowkv.messages import (
     FrontendExited,
     FrontendHello,
     InstanceExited,
+    Introduce,
     LoadReport,
+    Lost,
     Message,
     PeerDown,
     PeerUp,
@@ -37,7 +40,7 @@ from flowkv.messages import (
     StopInstance,
     Submit,
 )
-from flowkv.types import DEFERRED, InstanceLoad, InstanceStatus, ModelInfo, Regime, Request, Role
+from flowkv.types import DEFERRED, InstanceLoad, InstanceStatus, ModelInfo, OutputIds, Regime, Request, Role
 
 _STATUS_INTERVAL_S = 0.25
 _LOOK_INTERVAL_S = 0.1
@@ -47,11 +50,12 @@ _MAX_SETTLED = 10_000
 
 @dataclass(slots=True)
 class Assignment:
-    """Where a request that was accepted is. `instances` may each hold some of it; `owner` answers for it, and `home` is
-    where it decodes or will, as far as is known."""
+    """Where an attempt is. `instances` may each hold some of it; `owner` answers for it, and `home` is where it decodes
+    or will, as far as is known. It goes on after `output_ids`."""
 
     frontend: str
     request: Request
+    output_ids: OutputIds
     instances: list[str]
     owner: str
     home: str
@@ -62,7 +66,8 @@ class Controller:
 
     `num_instances` is how many must be in service before the cluster is ready, `epoch` what instances of this cluster
     were started with, `backend` and `lease_s` are those of `TransferConfig`. `launcher_address` is who starts and stops
-    instances; None: nobody does.
+    instances; None: nobody does. `name` tells this controller from earlier ones of the cluster; one that takes the
+    place of another has a `rebuild`.
     """
 
     def __init__(
@@ -75,7 +80,11 @@ class Controller:
         slo: SloConfig | None = None,
         scheduling: SchedulingConfig | None = None,
         launcher_address: str | None = None,
+        name: str = "controller",
+        rebuild: Rebuild | None = None,
     ) -> None:
+        self._name = name
+        self._rebuild = rebuild
         self._num_instances = num_instances
         self._epoch = epoch
         self._backend = backend
@@ -93,7 +102,9 @@ class Controller:
         # Answers to those that ended lately, by id, oldest first: a repeated `Submit` runs nothing twice.
         self._settled: dict[str, Accepted | Rejected] = {}
         self._model: ModelInfo | None = None
-        self._was_complete = False
+        self._lost: dict[str, str] = {}  # attempts that their frontend has not taken back yet, with that frontend
+        self._num_lost = 0
+        self._was_complete = rebuild is not None
         self._status_due_s = 0.0
         self._roles_due_s = 0.0
         self._num_wanted = num_instances  # that run or are being started, if nobody else starts any
@@ -132,6 +143,11 @@ class Controller:
         if self._last_tick_s is not None and elapsed_s < _LOOK_INTERVAL_S:
             return
         self._last_tick_s = now_s
+        if now_s >= self._status_due_s:
+            for request_id, frontend in self._lost.items():
+                self._send(self._frontends[frontend], Lost(request_id))
+        if self._rebuild is not None:
+            self._go_on_rebuilding(self._rebuild, min(elapsed_s, _MAX_ELAPSED_S), now_s)
         for view in list(self._views.values()):
             if view.pass_time(min(elapsed_s, _MAX_ELAPSED_S), self._stall_timeout_s) and view.is_in_service:
                 self._on_stalled(view)
@@ -165,34 +181,58 @@ class Controller:
         if (answer := self._settled.get(request.request_id)) is not None:
             self._send(address, answer)
             return
-        ask = self._fleet.ask(request)
-        placement = self._fleet.place(ask, request)
-        if placement is None:
-            self._send(address, self._why_nowhere(request))
+        if message.controller not in ("", self._name):
             return
-        self._fleet.come(ask, now_s)
-        refused = self._overload.refusal(
-            request.request_id, ask, placement, self._views.values(), self._fleet.knows_costs
-        )  # fmt: skip
+        if self._rebuild is not None and message.is_claim and self._restore(self._rebuild, message):
+            return
+        if message.is_claim:
+            self._tell_lost(request.request_id, message.frontend)
+            return
+        if message.resumes is not None:
+            self._take_back(message.resumes)
+        self._place_new(message, address, now_s)
+
+    def _place_new(self, message: Submit, address: str, now_s: float) -> None:
+        """Find a place for what is not running anywhere. What was accepted before is not refused for want of one."""
+        request, is_new = message.request, message.resumes is None
+        ask = self._fleet.ask(request, message.output_ids)
+        placement = self._fleet.place(ask, request, is_begun=bool(message.output_ids))
+        if placement is None:
+            if is_new or any(view.is_available for view in self._views.values()):
+                self._send(address, self._why_nowhere(request))
+            return
+        refused = self._refusal(request, ask, placement, now_s) if is_new else None
         if refused is not None:
             self._send(address, refused)
             self._remember(refused)
             return
         self._send(address, Accepted(request.request_id))
-        self._dispatch(message.frontend, request, ask, placement, now_s)
+        self._dispatch(message, ask, placement, now_s)
 
-    def _dispatch(self, frontend: str, request: Request, ask: Ask, placement: Placement, now_s: float) -> None:
-        """To where it goes, or behind all others if it is late wherever it goes: so it makes nobody else late."""
-        sent = request
-        if self._fleet.knows_costs and self._overload.is_hopeless(placement):
+    def _refusal(self, request: Request, ask: Ask, placement: Placement, now_s: float) -> Rejected | None:
+        self._fleet.come(ask, now_s)
+        return self._overload.refusal(
+            request.request_id, ask, placement, self._views.values(), self._fleet.knows_costs
+        )  # fmt: skip
+
+    def _dispatch(self, message: Submit, ask: Ask, placement: Placement, now_s: float) -> None:
+        """To where it goes, or behind all others if it is late wherever it goes: so it makes nobody else late.
+
+        One that has begun elsewhere waits for nobody.
+        """
+        sent = request = message.request
+        if not message.output_ids and self._fleet.knows_costs and self._overload.is_hopeless(placement):
             sent = msgspec.structs.replace(request, priority=request.priority + DEFERRED)
             ask = self._fleet.ask(sent)
             placement = self._fleet.place(ask, sent) or placement
         home = placement.decode[0] if placement.decode else placement.prefill
         names = [placement.prefill, *placement.decode]
-        self._assignments[request.request_id] = Assignment(frontend, request, names, placement.prefill, home)
+        self._assignments[request.request_id] = Assignment(
+            message.frontend, request, message.output_ids, names, placement.prefill, home
+        )
         sequence = self._fleet.assign(sent, ask, placement, now_s)
-        dispatch = Dispatch(sequence, sent, 0, self._frontends[frontend], placement.decode)
+        address = self._frontends[message.frontend]
+        dispatch = Dispatch(sequence, sent, address, placement.decode, message.output_ids)
         self._send(self._views[placement.prefill].peer.address, dispatch)
 
     def _place_again(self, request_id: str, now_s: float) -> None:
@@ -200,14 +240,13 @@ class Controller:
         if (assignment := self._assignments.get(request_id)) is None:
             return
         self._fleet.forget(request_id, assignment.instances[0], assignment.home)
-        ask = self._fleet.ask(assignment.request)
-        placement = self._fleet.place(ask, assignment.request)
+        message = Submit(assignment.frontend, assignment.request, assignment.output_ids)
+        ask = self._fleet.ask(message.request, message.output_ids)
+        placement = self._fleet.place(ask, message.request, is_begun=bool(message.output_ids))
         if placement is None:
-            self._fail(
-                request_id, "the instance that held this request is being retired, and no other can", "unavailable"
-            )
+            self._lose(request_id)
         else:
-            self._dispatch(assignment.frontend, assignment.request, ask, placement, now_s)
+            self._dispatch(message, ask, placement, now_s)
 
     def _why_nowhere(self, request: Request) -> Rejected:
         if not any(view.is_available for view in self._views.values()):
@@ -233,6 +272,9 @@ class Controller:
 
     def _on_abort(self, message: Abort) -> None:
         """A request that is settled here but still gives outputs somewhere is aborted wherever it may be."""
+        self._lost.pop(message.request_id, None)
+        if self._rebuild is not None:
+            self._rebuild.drop(message.request_id)
         assignment = self._assignments.get(message.request_id)
         for name in assignment.instances if assignment else list(self._views):
             if name in self._views:
@@ -256,6 +298,8 @@ class Controller:
         name = message.peer.instance
         if name in self._dead:
             return  # the news of its end came first
+        if name in self._views:
+            return
         if (reason := mismatch(message, self._epoch, self._model, self._views.values(), self._backend)) is not None:
             self._send(message.peer.address, RegistrationRefused(reason))
             return
@@ -265,6 +309,10 @@ class Controller:
             self._send(message.peer.address, PeerUp(view.peer))
         self._missing[name] = {view.name for view in self._views.values() if view.is_available}
         self._fleet.add(message)
+        if self._rebuild is not None:
+            self._rebuild.registered(message)
+            for dead in self._dead:
+                self._send(message.peer.address, PeerDown(dead))
         self._admit_complete()
 
     def _note_links(self, message: LoadReport) -> None:
@@ -304,7 +352,9 @@ class Controller:
 
     def _on_load_report(self, message: LoadReport, now_s: float) -> None:
         if (view := self._views.get(message.instance)) is None:
-            return  # it died; what it held is settled
+            if message.instance not in self._dead and message.address:
+                self._send(message.address, Introduce())
+            return  # if it died: what it held is settled
         was_stalled, old = view.liveness.is_stalled, view.role
         if self._fleet.apply(message, now_s):
             view.num_flips += 1
@@ -319,6 +369,8 @@ class Controller:
         for request_id, num_output_tokens in message.finished:
             self._learn_length(request_id, num_output_tokens)
             self._settle(request_id)
+        if self._rebuild is not None:
+            self._rebuild.hear(message)
         self._settle_unanswered(view)
         if view.is_drained and view.is_draining and not view.is_stopping:
             self._stop(view)
@@ -334,24 +386,26 @@ class Controller:
         assignment.owner = owner
         self._fleet.move_home(request_id, assignment.home, owner)
         assignment.home = owner
-        if owner in self._dead:
-            self._fail(request_id, f"instance {owner} died while it held this request", "instance_died")
-        elif self._is_stalled(owner):
-            self._fail_stalled(request_id, owner)
+        if owner in self._dead or self._is_stalled(owner):
+            self._lose(request_id)
 
     def _on_exited(self, message: InstanceExited) -> None:
-        """What it held ends with an error; everyone forgets it."""
-        self._dead.add(message.instance)
-        if (gone := self._fleet.remove(message.instance)) is None:
-            self._num_wanted -= RESTART_MARK not in message.instance  # one that was added could not start
+        """What it held goes on elsewhere; everyone forgets it."""
+        name = message.instance
+        self._dead.add(name)
+        gone = self._fleet.remove(name)
+        if self._rebuild is not None:
+            self._rebuild.gone(name)
+        elif gone is None:
+            self._num_wanted -= RESTART_MARK not in name  # one that was added could not start
             return
-        self._forget_newcomer(message.instance)
-        self.gone_addresses.append(gone.peer.address)
         for view in self._views.values():
-            self._send(view.peer.address, PeerDown(message.instance))
-        for request_id in [r for r, a in self._assignments.items() if a.owner == message.instance]:
-            self._fail(request_id, f"instance {message.instance} died while it held this request", "instance_died")
-        self._broadcast_status()
+            self._send(view.peer.address, PeerDown(name))
+        if gone is not None:
+            self.gone_addresses.append(gone.peer.address)
+            self._forget_newcomer(name)
+            self._lose_all(name)
+            self._broadcast_status()
 
     def _forget_newcomer(self, name: str) -> None:
         """Nobody waits for it any more."""
@@ -361,23 +415,24 @@ class Controller:
         self._admit_complete()
 
     def _on_stalled(self, view: InstanceView) -> None:
-        """Nothing has been heard of it for too long: what it holds ends, and nothing more goes there until it is back.
+        """Nothing has been heard of it for too long: what it holds goes on elsewhere, and nothing more goes there until
+        it is back.
 
         The `Abort`s wait for it behind what was sent before, so that it runs nothing of this when it wakes.
         """
         self._fleet.refresh(view)
-        for request_id in [r for r, a in self._assignments.items() if a.owner == view.name]:
-            self._fail_stalled(request_id, view.name)
+        self._lose_all(view.name)
         self._forget_newcomer(view.name)
         self._broadcast_status()
 
     def _settle_unanswered(self, view: InstanceView) -> None:
-        """What it may have handed over to a peer that is silent: ended here, if there is no hope or it has ended."""
+        """What it may have handed over to a peer that is silent goes on elsewhere, if there is no hope; it is aborted
+        here, if it does so already."""
         for (request_id, peer), seconds in list(view.unanswered.items()):
             if request_id not in self._assignments:
                 self._send(view.peer.address, Abort(request_id))
             elif seconds >= self._stall_timeout_s or self._is_stalled(peer):
-                self._fail_stalled(request_id, peer)
+                self._lose(request_id)
             else:
                 continue
             del view.unanswered[request_id, peer]
@@ -385,14 +440,28 @@ class Controller:
     def _is_stalled(self, name: str) -> bool:
         return name in self._views and self._views[name].liveness.is_stalled
 
-    def _fail_stalled(self, request_id: str, instance: str) -> None:
-        self._fail(request_id, f"instance {instance} stalled while it held this request", "instance_stalled")
+    def _lose_all(self, instance: str) -> None:
+        for request_id in [r for r, a in self._assignments.items() if a.owner == instance]:
+            self._lose(request_id)
 
-    def _fail(self, request_id: str, reason: str, code: str) -> None:
-        assignment = self._assignments[request_id]
+    def _lose(self, request_id: str) -> None:
+        """Whoever answers for this attempt cannot go on. Its frontend knows what came of it, and submits the rest."""
+        frontend = self._assignments[request_id].frontend
         self._on_abort(Abort(request_id))
-        self._send(self._frontends[assignment.frontend], Rejected(request_id, 500, reason, code))
         self._settle(request_id)
+        self._tell_lost(request_id, frontend)
+
+    def _tell_lost(self, request_id: str, frontend: str) -> None:
+        self._num_lost += 1
+        self._lost[request_id] = frontend
+        self._send(self._frontends[frontend], Lost(request_id))
+
+    def _take_back(self, request_id: str) -> None:
+        """The frontend has given this attempt up, of its own accord or because it was lost."""
+        self._lost.pop(request_id, None)
+        if request_id in self._assignments:
+            self._on_abort(Abort(request_id))
+            self._settle(request_id)
 
     def _settle(self, request_id: str) -> None:
         if (assignment := self._assignments.pop(request_id, None)) is None:
@@ -404,6 +473,32 @@ class Controller:
         self._settled[answer.request_id] = answer
         if len(self._settled) > _MAX_SETTLED:
             del self._settled[next(iter(self._settled))]
+
+    # --- after a restart -------------------------------------------------------------------------------------------
+
+    def _go_on_rebuilding(self, rebuild: Rebuild, elapsed_s: float, now_s: float) -> None:
+        for message in rebuild.pass_time(elapsed_s):
+            self._on_submit(message, now_s)
+        if rebuild.is_over:
+            for request_id, name in rebuild.unclaimed():
+                if name in self._views:
+                    self._send(self._views[name].peer.address, Abort(request_id))
+            self._rebuild = None
+
+    def _restore(self, rebuild: Rebuild, message: Submit) -> bool:
+        """Whether nothing else is to be done with it now: it runs already, or may."""
+        request = message.request
+        holder = rebuild.claim(request.request_id)
+        if holder is None or holder not in self._views:
+            if not rebuild.is_settled:
+                rebuild.keep(message)
+            return not rebuild.is_settled
+        self._assignments[request.request_id] = Assignment(
+            message.frontend, request, message.output_ids, [holder], holder, holder
+        )
+        self._fleet.adopt(request, self._fleet.ask(request, message.output_ids), holder)
+        self._send(self._frontends[message.frontend], Accepted(request.request_id))
+        return True
 
     # --- roles and scale -------------------------------------------------------------------------------------------
 
@@ -462,7 +557,8 @@ class Controller:
             room = min(room, self._model.max_model_tokens)
         is_ready = self._was_complete and any(view.is_available for view in self._views.values())
         return ClusterStatus(
-            is_ready, self._model, room, self.statuses(), self.regime, len(self.flips), self._overload.num_refused
+            is_ready, self._model, room, self.statuses(), self.regime, len(self.flips), self._overload.num_refused,
+            self._num_lost, self._name,
         )  # fmt: skip
 
     def _broadcast_status(self) -> None:

@@ -1,6 +1,7 @@
 """All instances together: who could take a request, what is predicted of it there, and who should take which role."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from flowkv.cluster.columns import Columns
 from flowkv.cluster.demand import Demand
@@ -12,7 +13,7 @@ from flowkv.cluster.scheduler import Placement, place
 from flowkv.config import SchedulingConfig, SloConfig
 from flowkv.cost import LearntCost
 from flowkv.messages import LoadReport, Register
-from flowkv.types import Request, Role
+from flowkv.types import OutputIds, Request, Role
 
 _HORIZON_S = 5.0  # within which a queue should be gone
 _TARGET = 0.85  # of the bound on TPOT, or of a full pool
@@ -73,38 +74,49 @@ class Fleet:
 
     # --- requests --------------------------------------------------------------------------------------------------
 
-    def ask(self, request: Request) -> Ask:
-        sampling = request.sampling
+    def ask(self, request: Request, output_ids: OutputIds | None = None) -> Ask:
+        """`output_ids`: of a request that goes on after them, which are computed like a prompt."""
+        sampling, num_prompt_tokens = request.sampling, len(request.prompt_ids)
+        num_out = max(map(len, output_ids.values())) if output_ids else 0
+        num_output_tokens = self.lengths.predict(num_prompt_tokens, sampling.max_tokens)
         return Ask(
-            num_prompt_tokens=len(request.prompt_ids),
-            num_output_tokens=self.lengths.predict(len(request.prompt_ids), sampling.max_tokens),
-            num_choices=sampling.n,
+            num_prompt_tokens=num_prompt_tokens + num_out,
+            num_output_tokens=max(1, num_output_tokens - num_out),
+            num_choices=len(output_ids) if output_ids else sampling.n,
             max_total_tokens=request.max_total_tokens,
             priority=request.priority,
             is_deferred=request.is_deferred,
             slo=self._slo,
         )
 
-    def place(self, ask: Ask, request: Request) -> Placement | None:
-        """None if no instance that takes requests can hold it."""
+    def place(self, ask: Ask, request: Request, *, is_begun: bool = False) -> Placement | None:
+        """None if no instance that takes requests can hold it. One that has begun is prefilled where it decodes."""
         for view in self._stale.values():
             self._columns.write(view.name, view.row())
         self._stale.clear()
         is_short = request.sampling.max_tokens <= 1
-        return place(ask, self._columns, self._policy, is_flexible=self.is_flexible, is_short=is_short)
+        placement = place(ask, self._columns, self._policy, is_flexible=self.is_flexible, is_short=is_short)
+        if is_begun and placement is not None and placement.decode:
+            return replace(placement, prefill=placement.decode[0], decode=[])
+        return placement
 
     def come(self, ask: Ask, now_s: float) -> None:
         """Count a request, whatever becomes of it, as demand."""
         self._demand.add(ask.num_prompt_tokens, ask.num_output_tokens * ask.num_choices, now_s)
 
+    def adopt(self, request: Request, ask: Ask, name: str) -> None:
+        """Count a request that runs there already."""
+        view = self.views[name]
+        view.add_home(request.request_id, _home(ask))
+        self.refresh(view)
+
     def assign(self, request: Request, ask: Ask, placement: Placement, now_s: float) -> int:
         """Count a request that is being sent to its place; its dispatch sequence number there."""
         prefill = self.views[placement.prefill]
         sequence = prefill.dispatched(request, placement.ttft_s, now_s)
-        tokens = ask.num_prompt_tokens + ask.num_choices * ask.num_output_tokens / 2
         home = self.views[placement.decode[0]] if placement.decode else prefill
         is_near = not request.is_deferred  # nobody knows when such a one will come
-        home.add_home(request.request_id, Home(tokens, ask.num_choices) if is_near else Home(0.0, 0))
+        home.add_home(request.request_id, _home(ask) if is_near else Home(0.0, 0))
         self.refresh(prefill)
         self.refresh(home)
         return sequence
@@ -182,3 +194,8 @@ class Fleet:
             return len(views) > 1 and (not is_last or (self.is_flexible and len(views) == 2))
 
         return min(filter(is_spare, views), key=lambda view: len(view.homes) + view.queued_tokens, default=None)
+
+
+def _home(ask: Ask) -> Home:
+    """Halfway through its output."""
+    return Home(ask.num_prompt_tokens + ask.num_choices * ask.num_output_tokens / 2, ask.num_choices)

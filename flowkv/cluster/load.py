@@ -93,7 +93,7 @@ class InstanceView:
         self.unanswered: dict[tuple[str, str], float] = {}  # as it reports them: seconds since
         self._max_itl_s = max_itl_s
         self._max_step_tokens = 0  # most prompt tokens of one step so far
-        self._next_sequence = 1
+        self._next_sequence = message.sequence + 1
         self._unseen: deque[tuple[int, Work, bool]] = deque()  # (sequence, prompt, deferred) not echoed yet
         self._unseen_work = Work(0, 0)
         self._unseen_deferred = Work(0, 0)

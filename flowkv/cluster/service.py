@@ -9,6 +9,7 @@ import zmq
 from flowkv.auth import ClusterKey
 from flowkv.cluster.controller import Controller
 from flowkv.cluster.nodes import Nodes, node_name
+from flowkv.cluster.rebuild import Rebuild
 from flowkv.config import ClusterConfig
 from flowkv.errors import ConfigError, FlowKVError, ProtocolError
 from flowkv.messages import (
@@ -77,7 +78,8 @@ class _Service:
         self._outbox = outbox
         self._controller = Controller(
             len(config.roles), spec.epoch, config.transfer.backend, config.transfer.lease_s,
-            slo=config.slo, scheduling=config.scheduling, launcher_address=spec.launcher_address,
+            slo=config.slo, scheduling=config.scheduling, launcher_address=spec.launcher_address, name=spec.name,
+            rebuild=Rebuild(spec.running, has_nodes=spec.key is not None) if spec.generation else None,
         )  # fmt: skip
         self._epoch = spec.epoch
         # An instance of this node, which has not registered yet: a controller before this one may have seen it.

@@ -7,6 +7,8 @@ handled; blocks that the batch in flight writes are not given to anyone else bef
 from collections.abc import Sequence
 from itertools import count
 
+import msgspec
+
 from flowkv.config import EngineConfig, TransferConfig
 from flowkv.engine.batch import Batch, BatchResult
 from flowkv.engine.effects import Connect, Disconnect, Effect, MoveBlocks, Send
@@ -34,6 +36,7 @@ from flowkv.messages import (
     PeerDown,
     PeerUp,
     Refused,
+    Register,
     Release,
     Renew,
     Renewed,
@@ -53,7 +56,8 @@ _SHORTEST_STEP_S = 1e-6
 class Engine:
     """The requests, the blocks and the handoffs of one instance.
 
-    With `max_itl_s` prompts share a step with decodes only as far as that keeps it so short (`HybridScheduler`).
+    `address` is its mailbox. With `max_itl_s` prompts share a step with decodes only as far as that keeps it so short
+    (`HybridScheduler`).
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Engine:
         controller_address: str,
         lease_s: float = TransferConfig().lease_s,
         max_itl_s: float | None = None,
+        address: str = "",
     ) -> None:
         self.name = name
         self.blocks = BlockManager(num_blocks, config.block_size)
@@ -78,7 +83,8 @@ class Engine:
         self._last_step_s = 0.0  # how long it took
         self._held_reserves: list[Reserve] = []  # until the step in flight is over
         self._has_drained = False  # and was said to have
-        self._reporter = Reporter(name, controller_address, None if max_itl_s is None else self.scheduler.cost)
+        cost = None if max_itl_s is None else self.scheduler.cost
+        self._reporter = Reporter((name, address), controller_address, cost)
         self._clock = LeaseClock(lease_s)
         self._requests = Requests(self.blocks, self.scheduler, self._reporter, self._clock)
         send, emit = self._send_peer, self._effects.append
@@ -244,6 +250,18 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
+    def introduction(self, register: Register) -> Register:
+        """The same as of now, for a controller that was started again: it has to be told everything once more."""
+        self._sender.links.tell_all()
+        self._reporter.is_due = True
+        return msgspec.structs.replace(
+            register,
+            role=self.scheduler.role,
+            sequence=self._reporter.dispatch_sequence,
+            running=self._requests.ids,
+            sending=self._sender.ids,
+        )
+
     @property
     def is_idle(self) -> bool:
         """Nothing is queued, held, sent or received."""
@@ -288,8 +306,9 @@ class Engine:
     # --- peers -----------------------------------------------------------------------------------------------------
 
     def _on_peer_up(self, message: PeerUp) -> None:
-        if self._peers.is_dead(message.peer.instance):
-            return
+        name = message.peer.instance
+        if self._peers.is_dead(name) or self._peers.is_up(name):
+            return  # a controller that was started again introduces everyone once more
         self._effects.append(Connect(message.peer))
         self._effects += self._peers.up(message.peer)
 

@@ -95,6 +95,11 @@ class HandoffSender:
         return [(t.request_id, t.peer) for t in opened if t.is_announced and self._watches.is_silent(t.peer)]
 
     @property
+    def ids(self) -> list[str]:
+        """Of requests that were prefilled here, and are this instance's until a peer has taken them over."""
+        return [request_id for request_id, outgoing in self._outgoing.items() if outgoing.choices is not None]
+
+    @property
     def is_idle(self) -> bool:
         return not self._outgoing and self._transfers.is_idle
 
@@ -272,7 +277,7 @@ class HandoffSender:
         sequence = outgoing.sequence
         if transfer.dst_blocks is None:
             message: Reserve | KvReady = Reserve(
-                self._name, transfer.attempt, sequence.request, sequence.attempt, sequence.frontend_address,
+                self._name, transfer.attempt, sequence.request, sequence.frontend_address,
                 self._transfers.oldest_attempt, self._clock.lease_s,
             )  # fmt: skip
         else:

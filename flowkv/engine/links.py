@@ -45,6 +45,10 @@ class Links:
             link.seconds += seconds
             self._changed[peer] = None
 
+    def tell_all(self) -> None:
+        """Somebody knows of none of them."""
+        self._changed = dict.fromkeys(self._links)
+
     def take_changed(self) -> list[LinkStatus]:
         """Those that came up or moved something since the last call."""
         changed, self._changed = self._changed, {}

@@ -45,6 +45,8 @@ class Orders:
             self._fail(message, f"the request may need more than the {blocks.num_blocks} blocks of {self._name}")
         elif message.request.sampling.n > (most := self._scheduler.config.max_choices):
             self._fail(message, f"n ({message.request.sampling.n}) is more than the {most} choices of {self._name}")
+        elif message.output_ids:
+            self._requests.resume(message)
         else:
             sequence = self._requests.add(message)
             if message.decode_instances:
@@ -79,7 +81,7 @@ class Orders:
     def _fail(self, message: Dispatch, reason: str) -> None:
         request_id = message.request.request_id
         outputs = [
-            Output(request_id, choice, message.attempt, 0, [], FinishReason.ERROR, error=reason)
+            Output(request_id, choice, 0, [], FinishReason.ERROR, error=reason)
             for choice in range(message.request.sampling.n)
         ]
         self._emit(Send(message.frontend_address, Outputs(self._name, outputs)))

@@ -27,6 +27,9 @@ class Peers:
         self._held.pop(name, None)
         return self._up.pop(name, None)
 
+    def is_up(self, name: str) -> bool:
+        return name in self._up
+
     def is_dead(self, name: str) -> bool:
         return name in self._dead
 

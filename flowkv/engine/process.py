@@ -23,6 +23,7 @@ from flowkv.kv.layout import KvLayout
 from flowkv.kv.pool import KvPool, available_memory_bytes
 from flowkv.messages import (
     FrontendExited,
+    Introduce,
     Message,
     Note,
     PeerInfo,
@@ -133,7 +134,7 @@ class _Instance:
         self._mailbox = Mailbox(context, spec.address, spec.key)
         self._engine = Engine(
             spec.name, spec.config.engine, pool.num_blocks, spec.role, spec.controller_address,
-            spec.config.transfer.lease_s, spec.config.slo.max_step_s,
+            spec.config.transfer.lease_s, spec.config.slo.max_step_s, self._mailbox.address,
         )  # fmt: skip
         self._poller = zmq.Poller()
         self._poller.register(self._mailbox.socket, zmq.POLLIN)
@@ -141,11 +142,12 @@ class _Instance:
         self._beat_ms = min(_BEAT_MS, int(1000 * spec.config.transfer.lease_s / _BEATS))
         peer = PeerInfo(spec.name, self._mailbox.address, self._transfer.descriptor)
         engine = spec.config.engine
-        register = Register(
+        self._register = Register(
             peer, spec.role, model.info, layout.block_size, engine.max_choices, __version__, spec.epoch,
             engine.max_batch_tokens,
         )  # fmt: skip
-        outbox.send(spec.controller_address, register)
+        self._is_registered = False
+        outbox.send(spec.controller_address, self._register)
 
     def run(self) -> NoReturn:
         """Messages, completions, a step; and again. Waits only when there is nothing to compute."""
@@ -196,8 +198,13 @@ class _Instance:
         match message:
             case FrontendExited():
                 self._outbox.drop(message.address)
-            case Registered():
+            case Registered() if not self._is_registered:
+                self._is_registered = True
                 self._outbox.send(launcher, Ready(name))
+            case Registered():
+                pass
+            case Introduce():
+                self._outbox.send(self._spec.controller_address, self._engine.introduction(self._register))
             case RegistrationRefused():
                 self._outbox.send(launcher, StartFailed(name, message.reason))
             case _:

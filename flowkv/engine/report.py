@@ -30,8 +30,9 @@ class Reporter:
     """Collects what has happened. A report is due at once when a request has ended, moved or come back (or whenever
     `is_due` is set), after a busy interval when a request has come or prompts were computed, else at a slow beat."""
 
-    def __init__(self, name: str, controller_address: str, cost: LearntCost | None = None) -> None:
-        self._name = name
+    def __init__(self, peer: tuple[str, str], controller_address: str, cost: LearntCost | None = None) -> None:
+        """`peer`: name and mailbox of the instance."""
+        self._name, self._own_address = peer
         self._address = controller_address
         self._steps = StepLog(cost)
         self._last_report_s = float("-inf")
@@ -104,6 +105,7 @@ class Reporter:
             now.unanswered,
             now.is_drained,
             self._prefilled,
+            self._own_address,
         )
         self.is_due = False
         self._last_report_s = now_s

@@ -1,5 +1,6 @@
 """The requests of one instance: which sequences each has in the queues, and what is left of those that are over."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import count
 
@@ -11,6 +12,7 @@ from flowkv.engine.scheduler import HybridScheduler
 from flowkv.engine.sequence import Sequence
 from flowkv.kv.blocks import BlockManager
 from flowkv.messages import Dispatch
+from flowkv.types import OutputIds
 
 
 @dataclass(slots=True)
@@ -41,6 +43,11 @@ class Requests:
         return bool(self._limbo)
 
     @property
+    def ids(self) -> list[str]:
+        """Of those that are not over."""
+        return list(self._running)
+
+    @property
     def block_tables(self) -> list[list[int]]:
         """All that are held here."""
         running = [s.block_table for running in self._running.values() for s in running.sequences]
@@ -53,21 +60,38 @@ class Requests:
 
     def add(self, message: Dispatch) -> Sequence:
         """A request whose prompt is to be computed here."""
-        request = message.request
-        sequence = Sequence(
-            request, message.attempt, message.frontend_address, next(self._arrivals), num_choices=request.sampling.n
-        )
-        sequence.stamps.queued_s = self._clock.now_s
-        self._running[request.request_id] = _Running([sequence])
-        self._scheduler.add(sequence)
+        sequence = self._sequence(message, num_choices=message.request.sampling.n)
+        self._queue(message.request.request_id, [sequence])
         return sequence
+
+    def resume(self, message: Dispatch) -> None:
+        """A request that goes on after what its choices have put out elsewhere: each is as if it was preempted here."""
+        sequences = [
+            self._sequence(message, choice=choice, output_ids=output_ids)
+            for choice, output_ids in message.output_ids.items()
+        ]
+        self._queue(message.request.request_id, sequences)
+
+    def _sequence(
+        self, message: Dispatch, *, choice: int = 0, num_choices: int = 1, output_ids: Iterable[int] = ()
+    ) -> Sequence:
+        sequence = Sequence(
+            message.request, message.frontend_address, next(self._arrivals),
+            choice=choice, num_choices=num_choices, output_ids=list(output_ids),
+        )  # fmt: skip
+        sequence.stamps.queued_s = self._clock.now_s
+        return sequence
+
+    def _queue(self, request_id: str, sequences: list[Sequence]) -> None:
+        self._running[request_id] = _Running(sequences)
+        for sequence in sequences:
+            self._scheduler.add(sequence)
 
     def adopt(self, incoming: Incoming) -> None:
         """A request whose prompt was computed elsewhere is ours, with its blocks."""
         reserve = incoming.reserve
         root = Sequence(
             reserve.request,
-            reserve.request_attempt,
             reserve.frontend_address,
             next(self._arrivals),
             num_choices=reserve.request.sampling.n,
@@ -77,7 +101,7 @@ class Requests:
         )
         self.decode(root, incoming.choices)
 
-    def decode(self, root: Sequence, choices: dict[int, list[int]]) -> None:
+    def decode(self, root: Sequence, choices: OutputIds) -> None:
         """Fork a computed prompt into the choices that run on; `root` gives its blocks up to them.
 
         Those that do not run on ended with the one token that was drawn for each.
@@ -88,7 +112,6 @@ class Requests:
         for (choice, output_ids), table in zip(choices.items(), self._tables(root, len(choices)), strict=True):
             fork = Sequence(
                 root.request,
-                root.attempt,
                 root.frontend_address,
                 root.arrival,
                 choice=choice,
@@ -141,11 +164,16 @@ class Requests:
 
     def give_back(self) -> list[str]:
         """Forget the requests of which nothing has begun."""
-        given = [sequence for sequence in self._scheduler.waiting if not sequence.has_begun]
-        for sequence in given:
-            self._scheduler.remove(sequence)
-            del self._running[sequence.request.request_id]
-        return [sequence.request.request_id for sequence in given]
+        waiting = dict.fromkeys(sequence.request.request_id for sequence in self._scheduler.waiting)
+        given = [request_id for request_id in waiting if not self._has_begun(request_id)]
+        for request_id in given:
+            for sequence in self._running.pop(request_id).sequences:
+                self._scheduler.remove(sequence)
+        return given
+
+    def _has_begun(self, request_id: str) -> bool:
+        running = self._running[request_id]
+        return bool(running.num_ended_tokens) or any(sequence.has_begun for sequence in running.sequences)
 
     def hold(self, sequence: Sequence) -> None:
         """Over, or another instance's; but its blocks may still be in use."""

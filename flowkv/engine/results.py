@@ -92,7 +92,6 @@ def _append(sequence: Sequence, choice: int, output_ids: list[int], draws: list[
     return Output(
         request.request_id,
         choice,
-        sequence.attempt,
         index,
         token_ids,
         finish_reason,
@@ -106,9 +105,7 @@ def _append(sequence: Sequence, choice: int, output_ids: list[int], draws: list[
 def _empty_output(sequence: Sequence, choice: int, timings: Timings) -> Output:
     logprobs = _prompt_logprobs(sequence) if choice == 0 else None
     request_id = sequence.request.request_id
-    return Output(
-        request_id, choice, sequence.attempt, 0, [], FinishReason.LENGTH, prompt_logprobs=logprobs, timings=timings
-    )  # fmt: skip
+    return Output(request_id, choice, 0, [], FinishReason.LENGTH, prompt_logprobs=logprobs, timings=timings)
 
 
 def _prompt_logprobs(sequence: Sequence) -> list[TokenLogprobs] | None:

@@ -16,7 +16,6 @@ class Sequence:
     """
 
     request: Request
-    attempt: int
     frontend_address: str
     arrival: int  # order of arrival at this instance: the oldest start first, the youngest are preempted first
     choice: int = 0

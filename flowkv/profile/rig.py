@@ -88,7 +88,7 @@ class Subject:
         )  # fmt: skip
         self._num_outputs[request_id] = 0
         self._uncomputed.append(num_prompt_tokens)
-        self._rig.send(self._address, Dispatch(self._num_dispatched, request, 0, self._rig.address, []))
+        self._rig.send(self._address, Dispatch(self._num_dispatched, request, self._rig.address, []))
         return request_id
 
     def _num_completed(self, num_tokens: int) -> int:

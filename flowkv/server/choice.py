@@ -36,7 +36,7 @@ class Choice:
     detokenizer: Detokenizer
     stops: StopStrings
     min_tokens: int = 0
-    num_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)  # all that are out
     finish_reason: FinishReason | None = None
     _held: dict[int, Output] = field(default_factory=dict)
 
@@ -63,8 +63,17 @@ class Choice:
         text = self.stops.push(self.detokenizer.flush()) + self.stops.flush()
         return Delta(self.number, text, finish_reason=reason, error=error)
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def has_gap(self) -> bool:
+        """Something has come that follows what has not."""
+        return bool(self._held)
+
     def restart(self) -> None:
-        """A new attempt draws the same tokens again from index 0; what the old one sent ahead is not waited for."""
+        """A new attempt goes on after the tokens that are out; what the old one sent ahead is not waited for."""
         self._held.clear()
 
     def _apply(self, output: Output, delta: Delta) -> None:
@@ -86,7 +95,7 @@ class Choice:
 
     def _append(self, output: Output, position: int, delta: Delta) -> None:
         token_id = output.token_ids[position]
-        self.num_tokens += 1
+        self.token_ids.append(token_id)
         delta.token_ids.append(token_id)
         if output.logprobs is not None:
             delta.logprobs.append(output.logprobs[position])

@@ -20,6 +20,7 @@ from flowkv.messages import (
     AnyMessage,
     ClusterStatus,
     FrontendHello,
+    Lost,
     Outputs,
     Rejected,
     Submit,
@@ -31,6 +32,7 @@ from flowkv.server.cluster_view import ClusterView
 from flowkv.server.history import History
 from flowkv.server.journal import Journal
 from flowkv.server.parameters import Limits
+from flowkv.server.recovery import Recovery
 from flowkv.server.stop_strings import StopStrings
 from flowkv.server.stream import RequestStream
 from flowkv.server.timeline import RequestRecord, Timeline
@@ -54,20 +56,39 @@ class TextOptions:
 
 @dataclass(slots=True)
 class LiveRequest:
+    """`request` has the id of the present attempt."""
+
     request: Request
     stream: RequestStream
     choices: list[Choice]
     caller: Caller
     arrival_s: float
     timeline: Timeline
-    attempt: int = 0
+    recovery: Recovery
     is_answered: bool = False  # accepted or rejected: not submitted again
+    is_claim: bool = False  # the controller that had accepted it is gone
     first_token_s: float | None = None
     last_token_s: dict[int, float] = field(default_factory=dict)
 
     @property
     def is_finished(self) -> bool:
         return all(choice.finish_reason is not None for choice in self.choices)
+
+    def resume(self, now_s: float) -> None:
+        """Begin the next attempt. RequestError if there were enough that brought nothing."""
+        request_id = self.recovery.lose(sum(choice.num_tokens for choice in self.choices), now_s)
+        self.request = msgspec.structs.replace(self.request, request_id=request_id)
+        self.is_answered = self.is_claim = False
+        for choice in self.choices:
+            choice.restart()
+
+    def submit(self, frontend: str, controller: str) -> Submit:
+        """The choices that run on, each with what is out of it; all of them, if nothing is."""
+        choices = dict(enumerate(self.choices))
+        output_ids = {i: choice.token_ids for i, choice in choices.items() if choice.finish_reason is None}
+        if len(output_ids) == len(choices) and not any(output_ids.values()):
+            output_ids = {}
+        return Submit(frontend, self.request, output_ids, self.recovery.resumes, self.is_claim, controller)
 
 
 class Frontend:
@@ -160,21 +181,23 @@ class Frontend:
     def submit(self, requests: list[Request], options: TextOptions, arrival_s: float) -> RequestStream:
         """One stream over all choices of all requests: choice c of request i has the number `i * n + c`."""
         num_choices = sum(request.sampling.n for request in requests)
-        request_ids = [request.request_id for request in requests]
         caller = current_caller()
-        stream = RequestStream(num_choices, lambda: self._abort_all(request_ids))
+        lives: list[LiveRequest] = []
+        stream = RequestStream(num_choices, lambda: self._abort_all(lives))
         number, now_s = 0, self.now_s()
         for request in map(caller.ranked, requests):
             choices = [self._choice(number + c, request, options) for c in range(request.sampling.n)]
             number += len(choices)
             timeline = Timeline(request, time.time() - (now_s - arrival_s), arrival_s, now_s)
             stream.timelines.append(timeline)
-            self._live[request.request_id] = LiveRequest(request, stream, choices, caller, arrival_s, timeline)
+            live = LiveRequest(request, stream, choices, caller, arrival_s, timeline, Recovery(request.request_id))
+            lives.append(live)
+            self._live[request.request_id] = live
             caller.spend(len(request.prompt_ids), now_s)
             self.metrics.num_requests.inc()
             self.metrics.prompt_tokens.inc(len(request.prompt_ids))
             self.history.submitted(arrival_s, len(request.prompt_ids))
-            self._send(Submit(self._name, request))
+            self._submit(live)
         return stream
 
     def abort(self, request_id: str) -> None:
@@ -214,9 +237,8 @@ class Frontend:
         while True:
             self._send(FrontendHello(self._name, self._mailbox.address))
             await asyncio.sleep(self._beat_s)
-            for live in self._live.values():
-                if not live.is_answered:
-                    self._send(Submit(self._name, live.request))
+            for live in list(self._live.values()):
+                self._look_after(live)
             self._give_up_waiting()
 
     def _give_up_waiting(self) -> None:
@@ -229,12 +251,55 @@ class Frontend:
             reason = f"no token came within the {timeout_s:g} s that a request may wait here"
             self._fail(live, RequestError(reason, status=503, code="queue_timeout", retry_after_s=timeout_s))
 
+    def _submit(self, live: LiveRequest) -> None:
+        self._send(live.submit(self._name, self.status.controller if self.status is not None else ""))
+
+    def _look_after(self, live: LiveRequest) -> None:
+        """At every beat: submit it again until it is answered; give an attempt up of which something was lost."""
+        if live.is_answered:
+            if live.recovery.is_broken(any(choice.has_gap for choice in live.choices), self.now_s()):
+                self._resume(live)
+            return
+        try:
+            live.recovery.check_patience(self.now_s())
+        except RequestError as error:
+            self._give_up(live, error)
+        else:
+            self._submit(live)
+
+    def _resume(self, live: LiveRequest) -> None:
+        """Go on elsewhere, after what has come so far: of this attempt nothing more is heard."""
+        old_id = live.request.request_id
+        try:
+            live.resume(self.now_s())
+        except RequestError as error:
+            self._give_up(live, error)
+            return
+        del self._live[old_id]
+        self._live[live.request.request_id] = live
+        live.timeline.resubmitted(self.now_s())
+        self.metrics.num_recoveries.inc()
+        self._submit(live)
+
+    def _give_up(self, live: LiveRequest, error: RequestError) -> None:
+        """What was accepted cannot be brought to its end."""
+        request_id = live.request.request_id
+        del self._live[request_id]
+        self._send(Abort(request_id))
+        self._count_failed(live)
+        self._fail(live, error)
+
+    def _count_failed(self, live: LiveRequest) -> None:
+        for choice in live.choices:
+            if choice.finish_reason is None:
+                self.metrics.count_finished(FinishReason.ERROR)
+
     def _send(self, message: AnyMessage) -> None:
         self._outbox.send(self._controller_address, message)
 
-    def _abort_all(self, request_ids: list[str]) -> None:
-        for request_id in request_ids:
-            self.abort(request_id)
+    def _abort_all(self, lives: list[LiveRequest]) -> None:
+        for live in lives:
+            self.abort(live.request.request_id)
 
     # --- from the cluster ----------------------------------------------------------------------------------------
 
@@ -244,22 +309,39 @@ class Frontend:
                 self._on_outputs(message)
             case Accepted(request_id=request_id):
                 if (live := self._live.get(request_id)) is not None:
-                    live.is_answered = True
+                    live.is_answered, live.is_claim = True, False
                     live.timeline.accepted(self.now_s())
             case Rejected():
                 self._on_rejected(message)
+            case Lost(request_id=request_id):
+                self._on_lost(request_id)
             case ClusterStatus():
                 self._on_status(message)
             case _:
                 raise ProtocolError(f"a frontend does not take {type(message).__name__}")
 
+    def _on_lost(self, request_id: str) -> None:
+        if (live := self._live.get(request_id)) is not None:
+            self._resume(live)
+        else:
+            self._send(Abort(request_id))
+
     def _on_status(self, status: ClusterStatus) -> None:
+        is_new = self.status is not None and status.controller != self.status.controller
         self.status, self._status_s = status, self.now_s()
         self.watch.observe(self._status_s, status)
         self.history.holds(self._status_s, self.watch.held())
+        if is_new:
+            self._claim_all()
         if status.ready and self._on_ready is not None:
             self._on_ready()
             self._on_ready = None
+
+    def _claim_all(self) -> None:
+        """The controller was started again and knows of no request: these may still run."""
+        for live in self._live.values():
+            live.is_answered, live.is_claim = False, True
+            self._submit(live)
 
     def _on_rejected(self, message: Rejected) -> None:
         live = self._live.pop(message.request_id, None)
@@ -269,10 +351,8 @@ class Frontend:
             message.message, status=message.status, code=message.code, param=message.param,
             retry_after_s=message.retry_after_s,
         )  # fmt: skip
-        if live.is_answered:  # accepted, and lost since
-            for choice in live.choices:
-                if choice.finish_reason is None:
-                    self.metrics.count_finished(FinishReason.ERROR)
+        if live.recovery.num_attempts:  # accepted, and lost since
+            self._count_failed(live)
             self.history.ended(self.now_s(), failed=True)
         self._fail(live, error)
 
@@ -313,12 +393,8 @@ class Frontend:
         )  # fmt: skip
 
     def _on_output(self, live: LiveRequest, output: Output, now_s: float) -> None:
-        if output.attempt < live.attempt or output.choice >= len(live.choices):
+        if output.choice >= len(live.choices):
             return
-        if output.attempt > live.attempt:
-            live.attempt = output.attempt
-            for choice in live.choices:
-                choice.restart()
         choice = live.choices[output.choice]
         began_s = self.now_s()
         delta = choice.accept(output)

@@ -144,7 +144,7 @@ def test_handover_rows_take_a_step_and_the_exposed_time_away() -> None:
 
 def test_paced_steps_last_as_long_as_they_should() -> None:
     request = Request(request_id="wait-1", prompt_ids=[1] * 600, sampling=SamplingParams(max_tokens=9))
-    prefill, decode = Sequence(request, 0, "", 0), Sequence(request, 0, "", 1, output_ids=[1, 1], num_computed=601)
+    prefill, decode = Sequence(request, "", 0), Sequence(request, "", 1, output_ids=[1, 1], num_computed=601)
     runner = paced.PacedRunner(20_000.0, 0.010)
     chunk, step = BatchItem(prefill, 0, 512), BatchItem(decode, 601, 1, (0,))
     assert runner.seconds(Batch(1, (chunk,))) == pytest.approx(0.0256)

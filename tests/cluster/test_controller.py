@@ -6,6 +6,7 @@ from flowkv.messages import (
     Accepted,
     ClusterStatus,
     InstanceExited,
+    Lost,
     PeerDown,
     PeerInfo,
     PeerUp,
@@ -105,23 +106,22 @@ def test_an_abort_goes_to_all_who_may_hold_some_of_it() -> None:
     assert {address for address, _ in rig.take(Abort("r"))} == {"prefill-0", "decode-1", "decode-2"}
 
 
-def test_the_death_of_the_owner_ends_the_request_and_is_told_to_all() -> None:
+def test_the_death_of_the_owner_is_told_to_all_and_the_frontend_has_the_say() -> None:
     rig = Rig(Role.PREFILL, Role.DECODE, Role.DECODE)
     rig.submit("r")
     rig.take(rig.finished("prefill-0", handed_over=[("r", "decode-1")]))
     out = rig.take(InstanceExited("decode-1", "was killed"))
     assert ("prefill-0", PeerDown("decode-1")) in out and ("decode-2", PeerDown("decode-1")) in out
-    [failure] = [message for _, message in out if isinstance(message, Rejected)]
-    assert failure.request_id == "r" and failure.status == 500 and "decode-1" in failure.message
-    assert rig.controller.num_assignments == 0
+    assert ("f", Lost("r")) in out and ("prefill-0", Abort("r")) in out
+    assert rig.controller.num_assignments == 0 and rig.status().num_lost == 1
 
 
-def test_a_handoff_to_one_that_has_died_meanwhile_ends_the_request() -> None:
+def test_a_handoff_to_one_that_has_died_meanwhile_is_lost() -> None:
     rig = Rig(Role.PREFILL, Role.DECODE)
     rig.submit("r")
     rig.take(InstanceExited("decode-1", "was killed"))
     out = rig.take(rig.finished("prefill-0", handed_over=[("r", "decode-1")]))
-    assert any(isinstance(message, Rejected) for _, message in out)
+    assert ("f", Lost("r")) in out
 
 
 def test_without_decode_instances_the_prefill_instance_decodes() -> None:
@@ -151,7 +151,7 @@ def test_a_message_for_somebody_else_is_a_protocol_error() -> None:
         Rig(Role.MIXED).take(PeerDown("x"))
 
 
-def test_a_silent_instance_is_stalled_and_what_it_owns_ends() -> None:
+def test_a_silent_instance_is_stalled_and_what_it_owns_is_lost() -> None:
     rig = Rig(Role.PREFILL, Role.PREFILL, Role.DECODE)
     assert [rig.dispatch(r)[0] for r in ("on its way", "elsewhere", "decoding")] == [
         "prefill-0",
@@ -161,12 +161,11 @@ def test_a_silent_instance_is_stalled_and_what_it_owns_ends() -> None:
     rig.take(rig.finished("prefill-0", handed_over=[("decoding", "decode-2")]))
     assert rig.wait(STALL_S - 1, "prefill-1", "decode-2") == []
     out = rig.wait(1, "prefill-1", "decode-2")
-    [failure] = [message for _, message in out if isinstance(message, Rejected)]
-    assert (failure.request_id, failure.status, failure.code) == ("on its way", 500, "instance_stalled")
-    assert "prefill-0" in failure.message
+    assert [message for _, message in out if isinstance(message, Lost)] == [Lost("on its way")]
     assert {address for address, message in out if message == Abort("on its way")} == {"prefill-0", "decode-2"}
     assert rig.controller.num_assignments == 2
     assert [status.is_stalled for status in rig.status().instances] == [True, False, False]
+    rig.take(Abort("on its way"))  # nobody waits for it
     assert rig.wait(STALL_S, "prefill-1", "decode-2") == []
 
 
@@ -215,7 +214,7 @@ def test_a_controller_that_was_stopped_itself_takes_nobody_for_stalled() -> None
     assert rig.status().ready
 
 
-def test_a_handoff_that_only_a_stalled_instance_could_answer_for_ends() -> None:
+def test_a_handoff_that_only_a_stalled_instance_could_answer_for_is_lost() -> None:
     rig = Rig(Role.PREFILL, Role.DECODE)
     rig.submit("r")
     rig.wait(STALL_S - 1, "prefill-0")
@@ -224,17 +223,17 @@ def test_a_handoff_that_only_a_stalled_instance_could_answer_for_ends() -> None:
     assert out == []  # the last word of the prefill instance was that it has been answered
     out = rig.take(rig.finished("prefill-0", unanswered=[("r", "decode-1")]))
     assert ("prefill-0", Abort("r")) in out and ("decode-1", Abort("r")) in out
-    assert [m.code for _, m in out if isinstance(m, Rejected)] == ["instance_stalled"]
+    assert [m for _, m in out if isinstance(m, Lost)] == [Lost("r")]
 
 
-def test_a_handoff_that_nobody_answers_for_ends_even_if_the_peer_is_heard_by_others() -> None:
+def test_a_handoff_that_nobody_answers_for_is_lost_even_if_the_peer_is_heard_by_others() -> None:
     rig = Rig(Role.PREFILL, Role.DECODE)
     rig.submit("r")
     for second in range(1, STALL_S):
         rig.take(rig.finished("prefill-0", unanswered=[("r", "decode-1")]))
         assert rig.wait(1, "decode-1") == [], second
     out = rig.take(rig.finished("prefill-0", unanswered=[("r", "decode-1")])) + rig.wait(1, "decode-1")
-    assert [m.code for _, m in out if isinstance(m, Rejected)] == ["instance_stalled"]
+    assert [m for _, m in out if isinstance(m, Lost)] == [Lost("r")]
 
 
 def test_who_waits_for_an_answer_to_what_has_ended_is_told_once_a_report() -> None:
@@ -245,12 +244,12 @@ def test_who_waits_for_an_answer_to_what_has_ended_is_told_once_a_report() -> No
     assert rig.wait(2, "decode-1") == []
 
 
-def test_a_handoff_to_one_that_has_stalled_meanwhile_ends_the_request() -> None:
+def test_a_handoff_to_one_that_has_stalled_meanwhile_is_lost() -> None:
     rig = Rig(Role.PREFILL, Role.DECODE)
     rig.submit("r")
     rig.wait(STALL_S, "prefill-0")
     out = rig.take(rig.finished("prefill-0", handed_over=[("r", "decode-1")]))
-    assert [m.code for _, m in out if isinstance(m, Rejected)] == ["instance_stalled"]
+    assert [m for _, m in out if isinstance(m, Lost)] == [Lost("r")]
 
 
 def test_the_new_owner_may_be_the_first_to_say_so() -> None:

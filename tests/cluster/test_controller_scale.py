@@ -5,6 +5,7 @@ from flowkv.messages import (
     Accepted,
     Drain,
     InstanceExited,
+    Lost,
     PeerDown,
     Registered,
     Rejected,
@@ -153,15 +154,14 @@ def test_it_is_not_stopped_while_something_is_on_its_way_to_it() -> None:
     assert of_type(rig.report(name, is_drained=True), StopInstance) or rig.controller._views[name].is_stopping
 
 
-def test_a_draining_instance_may_die_and_what_it_holds_ends() -> None:
+def test_a_draining_instance_may_die_and_what_it_holds_is_lost() -> None:
     rig = Scaled(M, M, min_instances=1)
     held = {rig.dispatch(f"r{i}", num_tokens=20)[0]: f"r{i}" for i in range(2)}
     name = rig.drained()
-    [failure] = of_type(rig.exits(name), Rejected)
-    assert (failure.request_id, failure.code) == (held[name], "instance_died")
+    assert of_type(rig.exits(name), Lost) == [Lost(held[name])]
 
 
-def test_with_nobody_left_to_take_it_what_was_given_back_ends_with_an_error() -> None:
+def test_with_nobody_left_to_take_it_what_was_given_back_waits() -> None:
     rig = Scaled(M, M, min_instances=1)
     name = rig.drained()
     [other] = [n for n in rig.names if n != name]
@@ -169,8 +169,7 @@ def test_with_nobody_left_to_take_it_what_was_given_back_ends_with_an_error() ->
     assert address == other
     rig.controller._views[other].is_draining = True
     rig.controller._fleet.refresh(rig.controller._views[other])
-    [failure] = of_type(rig.report(other, returned=["r"]), Rejected)
-    assert (failure.status, failure.code) == (500, "unavailable")
+    assert of_type(rig.report(other, returned=["r"]), Lost) == [Lost("r")]
     assert rig.controller.num_assignments == 0
 
 

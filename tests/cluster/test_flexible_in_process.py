@@ -34,8 +34,6 @@ class Run:
         ]
         self.aborted: set[str] = set()
         self.draining: list[str] = []
-        # Who is heard late may be taken for stalled; on a network that does no harm nobody is so late.
-        self.codes = set() if faults is QUIET else {"instance_stalled"}
 
     def submit(self, i: int) -> None:
         num_tokens, max_tokens, n = self.shapes[i]
@@ -68,14 +66,13 @@ class Run:
     def check(self) -> None:
         self.cluster.run()
         self.cluster.check_at_rest()
-        assert self.cluster.num_rejected == len(self.cluster.rejected)
-        assert {rejected.code for rejected in self.cluster.rejected.values()} <= self.codes
+        assert not self.cluster.rejected
         for i, (num_tokens, max_tokens, n) in enumerate(self.shapes):
             for choice in range(n):
                 expected = reference(prompt(i, num_tokens), choice, max_tokens=max_tokens, n=n, temperature=0.5, seed=i)
                 answer = self.cluster.answers[f"r{i}", choice]
                 assert all(expected[index] == token_id for index, token_id in answer.tokens.items())
-                if f"r{i}" not in self.aborted | set(self.cluster.rejected):
+                if f"r{i}" not in self.aborted:
                     assert answer.ids == expected and answer.finish_reason is FinishReason.LENGTH
         self.cluster.faults = None
         for _ in range(3):

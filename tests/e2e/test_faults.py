@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,6 @@ LEASE_S = 0.5
 # Prompts take many steps, and pools (1,024 tokens) are small enough that blocks are in use again soon.
 SLOW = ("--set", "toy_step_s=0.01", "--set", "engine.max_batch_tokens=16", "--kv-memory", "48KiB")
 OPTIONS = (*CHECKED, *SLOW, "--set", f"transfer.lease_s={LEASE_S}")
-ERRORS = {"instance_died", "instance_stalled"}
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,13 @@ class Streams:
         eventually(look, what)
 
     def check(self) -> list[Outcome]:
-        """All end, within their time: with the right text, or with a clear error after the beginning of it."""
+        """All end, within their time, with the right text."""
         outcomes = [future.result(60.0) for future in self._outcomes]
         self._pool.shutdown()
         expected = toy_tokens({str(i): body | {"temperature": 0.0} for i, body in enumerate(self._bodies)})
         for i, outcome in enumerate(outcomes):
             [text] = expected[str(i)]
-            if outcome.error is None:
-                assert (outcome.text, outcome.finish_reason) == (text, "length")
-            else:
-                assert outcome.error in ERRORS and text.startswith(outcome.text)
+            assert (outcome.text, outcome.finish_reason, outcome.error) == (text, "length", None)
         return outcomes
 
     def _start_one(self) -> None:
@@ -150,10 +147,8 @@ def test_an_instance_is_killed_under_streams(seat: str) -> None:
             name = living(server, seat)
             assert name is not None
             os.kill(server.pid_of(name), signal.SIGKILL)
-            outcomes = streams.check()
+            streams.check()
             eventually(partial(is_replaced, server, seat, name), f"{name} is replaced")
-            if seat == "prefill-0":
-                assert any(outcome.error == "instance_died" for outcome in outcomes)
             check_all_free(server)
             check_serves(server, seed)
 
@@ -165,8 +160,8 @@ def test_a_prefill_instance_is_stopped_for_longer_than_its_lease_and_woken_while
         pid = server.pid_of("prefill-0")
         os.kill(pid, signal.SIGSTOP)
         eventually(lambda: value(server, "stalled", "prefill-0") == 1.0, "it is stalled")
-        outcomes = streams.check()
-        assert any(outcome.error == "instance_stalled" for outcome in outcomes)
+        streams.check()
+        assert recoveries(server) > 0
         eventually(lambda: quarantines_all_it_uses(server, "decode-0"), "only what the stopped one may write is held")
         others = Streams(server, 12, seed=2)
         others.reach(lambda _: value(server, "decoding", "decode-0") > 1, "the pool is in use again")
@@ -174,6 +169,12 @@ def test_a_prefill_instance_is_stopped_for_longer_than_its_lease_and_woken_while
         assert {outcome.error for outcome in others.check()} == {None}
         check_all_free(server)
         check_serves(server, seed=3)
+
+
+def recoveries(server: Server) -> float:
+    found = re.search(r"^flowkv_recoveries_total (\S+)", server.client.get("/metrics").text, re.MULTILINE)
+    assert found is not None
+    return float(found[1])
 
 
 def busy(server: Server, name: str) -> bool:
@@ -193,8 +194,7 @@ def test_a_decode_instance_is_stopped_for_longer_than_a_lease_and_woken_while_ot
         streams.reach(lambda _: value(server, "receiving", "decode-0") > 0, "a transfer")
         pid = server.pid_of("decode-0")
         os.kill(pid, signal.SIGSTOP)
-        outcomes = streams.check()
-        assert sum(outcome.error is None for outcome in outcomes) > 0  # what it did not own is decoded elsewhere
+        streams.check()
         eventually(lambda: value(server, "stalled", "decode-0") == 1.0, "it is stalled")
         check_serves(server, seed=2)
         others = Streams(server, 12, seed=3)

@@ -41,9 +41,9 @@ class Run:
 
     @property
     def is_answered(self) -> bool:
-        answers, rejected = self.cluster.answers, self.cluster.rejected
+        answers = self.cluster.answers
         return all(
-            f"r{i}" in rejected or all(answers[f"r{i}", c].finish_reason is not None for c in range(n))
+            all(answers[f"r{i}", c].finish_reason is not None for c in range(n))
             for i, (_, _, n) in enumerate(self.shapes)
         )
 
@@ -57,10 +57,10 @@ class Run:
         self.cluster.abort(f"r{i}", choice)
 
     def check(self) -> None:
-        """All come to rest, everyone has one right answer or one clear error, no block is lost."""
+        """All come to rest, everyone has one right answer, no block is lost."""
         self.cluster.run()
         self.cluster.check_at_rest()
-        assert self.cluster.num_rejected == len(self.cluster.rejected)
+        assert not self.cluster.rejected
         for i in range(len(self.shapes)):
             if f"r{i}" not in self.aborted:
                 self.check_answer(i)
@@ -71,10 +71,7 @@ class Run:
             expected = reference(prompt(i, num_tokens), choice, max_tokens=max_tokens, n=n, temperature=0.5, seed=i)
             answer = self.cluster.answers[f"r{i}", choice]
             assert all(expected[index] == token_id for index, token_id in answer.tokens.items())
-            if (rejected := self.cluster.rejected.get(f"r{i}")) is None:
-                assert answer.ids == expected
-            else:
-                assert rejected.code in ("instance_stalled", "instance_died", "unavailable")
+            assert answer.ids == expected
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -141,6 +138,20 @@ def test_everything_at_once(seed: int) -> None:
         run.cluster.kill(run.victim())
     run.go_on(200)
     run.cluster.wake(frozen)
+    run.check()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_controller_is_killed_at_any_moment_and_nothing_is_lost(seed: int) -> None:
+    run = Run(seed, ALL if seed % 2 else Faults())
+    for _ in range(2):
+        run.go_on(250)
+        run.cluster.restart_controller()
+        run.go_on(100)
+        run.wait(8)
+    if seed % 3 == 0 and len(run.cluster.nodes) > 2:
+        run.cluster.kill(run.victim())
+        run.cluster.restart_controller()
     run.check()
 
 

@@ -51,7 +51,7 @@ class P:
         )
         for name in ("d0", "d1"):
             self.sender.links.up(Linked(name, "local"))
-        self.sequence = Sequence(REQUEST, 0, "f", 0, block_table=[4, 5, 6])
+        self.sequence = Sequence(REQUEST, "f", 0, block_table=[4, 5, 6])
         self.sender.expect(self.sequence, candidates)
         self.sender.start(self.sequence)
 
@@ -382,7 +382,7 @@ def test_a_silent_peer_is_not_asked() -> None:
     p = P(["d0"])
     p.announce()
     p.tick(3)
-    other = Sequence(msgspec.structs.replace(REQUEST, request_id="other"), 0, "f", 1)
+    other = Sequence(msgspec.structs.replace(REQUEST, request_id="other"), "f", 1)
     p.sender.expect(other, ["d0", "d1"])
     p.sent.clear()
     p.sender.start(other)
@@ -438,7 +438,7 @@ class D:
         assert len(self.adopted) == 1
 
     def reserve(self, attempt: int = 1, source: str = "p") -> Message:
-        self.receiver.on_reserve(Reserve(source, attempt, REQUEST, 0, "f"), has_room=True)
+        self.receiver.on_reserve(Reserve(source, attempt, REQUEST, "f"), has_room=True)
         return self.sent[-1][1]
 
 
@@ -506,7 +506,7 @@ def test_what_a_network_may_still_carry_of_a_dead_writer_keeps_its_blocks_for_a_
 def test_what_a_dead_source_had_sent_before_is_ignored() -> None:
     d = D()
     d.receiver.on_peer_down("p")
-    d.receiver.on_reserve(Reserve("p", 1, REQUEST, 0, "f"), has_room=True)
+    d.receiver.on_reserve(Reserve("p", 1, REQUEST, "f"), has_room=True)
     assert d.sent == [] and d.blocks.num_free == 8
 
 
@@ -530,7 +530,7 @@ def test_a_reservation_that_comes_after_its_writer_has_given_up_gets_nothing() -
 
 def test_what_was_refused_stays_refused() -> None:
     d = D()
-    d.receiver.on_reserve(Reserve("p", 1, REQUEST, 0, "f"), has_room=False)
+    d.receiver.on_reserve(Reserve("p", 1, REQUEST, "f"), has_room=False)
     assert d.reserve() == Refused("d", "r", 1)
     assert d.blocks.num_free == 8
 
@@ -563,9 +563,9 @@ def test_ready_for_what_is_unknown_or_given_up_is_cancelled_again() -> None:
 def test_what_the_source_has_settled_is_forgotten_and_late_messages_for_it_meet_nothing() -> None:
     d = D()
     d.adopt()
-    d.receiver.on_reserve(Reserve("p", 5, REQUEST, 0, "f", oldest_attempt=5), has_room=False)
+    d.receiver.on_reserve(Reserve("p", 5, REQUEST, "f", oldest_attempt=5), has_room=False)
     d.sent.clear()
-    d.receiver.on_reserve(Reserve("p", 1, REQUEST, 0, "f"), has_room=True)
+    d.receiver.on_reserve(Reserve("p", 1, REQUEST, "f"), has_room=True)
     d.receiver.on_ready(READY)
     assert d.sent == [] and d.blocks.num_free == 5
     assert d.reserve(attempt=5) == Refused("d", "r", 5)  # the oldest that is open is not settled
@@ -591,7 +591,7 @@ def test_a_source_that_does_not_renew_loses_its_reservation_to_quarantine() -> N
 def test_blocks_that_arrive_renew_too_and_who_asked_for_a_longer_lease_has_it() -> None:
     d = D()
     reserved = d.reserve()
-    d.receiver.on_reserve(Reserve("q", 1, REQUEST, 0, "f", lease_s=5 * BEAT_S), has_room=True)
+    d.receiver.on_reserve(Reserve("q", 1, REQUEST, "f", lease_s=5 * BEAT_S), has_room=True)
     assert isinstance(reserved, Reserved)
     for _ in range(4):
         d.receiver.on_arrived(Arrived(reserved.immediate, 0))

@@ -220,7 +220,7 @@ def play(seed: int, max_repeats: int) -> World:
         )  # fmt: skip
         name, others = rng.choice([("p", ["d", "m"]), ("m", []), ("d", []), ("p", ["d"]), ("m", ["d"])])
         at_s = rng.uniform(0.1, 2.0)
-        world.at(at_s, name, Dispatch(i, request, 0, "f", others))
+        world.at(at_s, name, Dispatch(i, request, "f", others))
         if rng.random() < 0.2:
             world.at(at_s + rng.uniform(0, 1), rng.choice("pdm"), Abort(f"r{i}", rng.choice([None, 0])))
     for _ in range(rng.choice([0, 0, 1, 2])):
@@ -260,7 +260,7 @@ def test_a_runner_draws_the_same_tokens_at_a_stretch(num_repeats: int) -> None:
         for i in range(3):
             sampling = SamplingParams(max_tokens=10 + i, n=1 + i % 2, temperature=0.5, seed=i, logprobs=1)
             request = Request(request_id=f"r{i}", prompt_ids=[5 + i] * 11, sampling=sampling)
-            engine.handle(Dispatch(i, request, 0, "f", []), 0.0)
+            engine.handle(Dispatch(i, request, "f", []), 0.0)
         while (batch := engine.next_batch(0.0, most)) is not None:
             engine.on_result(run_repeats(runner, batch), 0.001, 0.0)
             engine.check_integrity()
@@ -297,7 +297,7 @@ def test_a_token_that_cannot_be_drawn_ends_the_stretch_and_one_request(num_repea
     engine = Engine("me", CONFIG, 64, Role.MIXED, "controller")
     for i, request_id in enumerate(["bad", "good"]):
         request = Request(request_id=request_id, prompt_ids=[5 + i] * 7, sampling=SamplingParams(max_tokens=15))
-        engine.handle(Dispatch(i, request, 0, "f", []), 0.0)
+        engine.handle(Dispatch(i, request, "f", []), 0.0)
     num_batches = 0
     while (batch := engine.next_batch(0.0, num_repeats)) is not None:
         engine.on_result(run_repeats(runner, batch), 0.001, 0.0)

@@ -37,7 +37,7 @@ class Instance:
     def sequence(self, prompt_ids: list[int], **sampling: Any) -> Sequence:
         params = SamplingParams(**{"max_tokens": NUM_OUTPUT, "temperature": 0.0, **sampling})
         request = Request(request_id=str(id(prompt_ids)), prompt_ids=prompt_ids, sampling=params)
-        return Sequence(request=request, attempt=0, frontend_address="", arrival=0)
+        return Sequence(request=request, frontend_address="", arrival=0)
 
     def item(self, sequence: Sequence, num_tokens: int, draws: tuple[int, ...] = ()) -> BatchItem:
         stop = sequence.num_computed + num_tokens

@@ -14,7 +14,7 @@ def scheduler(role: Role = Role.MIXED, num_blocks: int = 32) -> HybridScheduler:
 def sequence(arrival: int, num_prompt: int, num_choices: int = 1) -> Sequence:
     sampling = SamplingParams(max_tokens=50, n=num_choices)
     request = Request(request_id=f"r{arrival}", prompt_ids=[7] * num_prompt, sampling=sampling)
-    return Sequence(request, 0, "frontend", arrival, num_choices=num_choices)
+    return Sequence(request, "frontend", arrival, num_choices=num_choices)
 
 
 def decoding(it: HybridScheduler, arrival: int, num_prompt: int) -> Sequence:
@@ -143,7 +143,7 @@ def test_a_lower_priority_number_goes_first_and_equals_by_arrival() -> None:
         request = Request(
             request_id=f"r{arrival}", prompt_ids=range(16), sampling=SamplingParams(max_tokens=5), priority=priority
         )  # fmt: skip
-        it.add(Sequence(request, 0, "frontend", arrival))
+        it.add(Sequence(request, "frontend", arrival))
     assert num_queued(it) == 64
     assert [step(it)[0][0] for _ in range(3)] == ["r3", "r1", "r0"]
     it.prefilling.clear()

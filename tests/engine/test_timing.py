@@ -25,7 +25,7 @@ class Instance:
         self.engine.take_effects()
 
     def dispatch(self, request: Request, at_s: float, *decode_instances: str) -> None:
-        self.engine.handle(Dispatch(1, request, 0, "frontend", list(decode_instances)), START_S + at_s)
+        self.engine.handle(Dispatch(1, request, "frontend", list(decode_instances)), START_S + at_s)
 
     def step(self, began_s: float, ended_s: float) -> list[Output]:
         """What it puts out."""
@@ -70,7 +70,7 @@ def test_what_is_between_the_first_and_the_last_output_says_nothing() -> None:
 
 def test_a_decode_instance_tells_reserved_transferring_waiting_and_decoding_apart() -> None:
     instance = Instance()
-    reserve = Reserve("peer", 1, make_request(), 0, "frontend")
+    reserve = Reserve("peer", 1, make_request(), "frontend")
     instance.engine.handle(reserve, START_S + 1.0)
     instance.engine.on_arrived(Arrived(1, 2), START_S + 2.0)
     instance.engine.on_arrived(Arrived(1, 1), START_S + 2.5)

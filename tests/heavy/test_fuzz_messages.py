@@ -182,7 +182,7 @@ def whisper_to_frontend(frontend: Frontend, rng: random.Random) -> None:
 
 def some_output(rng: random.Random) -> Output:
     logprobs = [TokenLogprobs(3, -1.0, [(3, -1.0)])]
-    return Output(rng.choice(REQUESTS), rng.randrange(3), 0, rng.randrange(4), [rng.randrange(256)], logprobs=logprobs)
+    return Output(rng.choice(REQUESTS), rng.randrange(3), rng.randrange(4), [rng.randrange(256)], logprobs=logprobs)
 
 
 ORDERS = (m.Drain, m.RegistrationRefused, m.Registered)  # which are obeyed: no mutation makes them absurd

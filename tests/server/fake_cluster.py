@@ -1,13 +1,13 @@
 """A controller and its instances, made of one thread that answers each request as a test wants."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import zmq
 
-from flowkv.messages import Abort, Accepted, AnyMessage, ClusterStatus, FrontendHello, Outputs, Rejected, Submit
+from flowkv.messages import Abort, Accepted, AnyMessage, ClusterStatus, FrontendHello, Lost, Outputs, Rejected, Submit
 from flowkv.types import (
     FinishReason,
     InstanceCounters,
@@ -21,7 +21,7 @@ from flowkv.types import (
 )
 from flowkv.wire import Mailbox, Outbox, SyncContext
 
-Answer = Callable[[Request], list[Output | Rejected]]
+Answer = Callable[[Request], Sequence[Output | Rejected | Lost]]
 
 VOCAB_SIZE = 512
 CONTEXT_TOKENS = 1000
@@ -44,7 +44,7 @@ def logprob(token_id: int) -> TokenLogprobs:
     return TokenLogprobs(token_id, -0.5, [(token_id, -0.5), (66, float("-inf"))])
 
 
-def outputs(request: Request, token_ids: list[int], *, attempt: int = 0, choice: int = 0) -> list[Output | Rejected]:
+def outputs(request: Request, token_ids: list[int], *, choice: int = 0) -> list[Output | Rejected]:
     """A token each, cut at `max_tokens` or a stop id, as an engine would."""
     sampling = request.sampling
     result: list[Output | Rejected] = []
@@ -55,7 +55,6 @@ def outputs(request: Request, token_ids: list[int], *, attempt: int = 0, choice:
             Output(
                 request.request_id,
                 choice,
-                attempt,
                 index,
                 [token_id],
                 FinishReason.STOP if stopped else FinishReason.LENGTH if is_last else None,
@@ -108,6 +107,10 @@ class FakeCluster:
         return [message.request for message in self.received if isinstance(message, Submit)]
 
     @property
+    def submits(self) -> list[Submit]:
+        return [message for message in self.received if isinstance(message, Submit)]
+
+    @property
     def aborts(self) -> list[Abort]:
         return [message for message in self.received if isinstance(message, Abort)]
 
@@ -124,7 +127,7 @@ class FakeCluster:
         self._outbox.close(linger_s=0)
         self._context.term()
 
-    def send(self, *answers: Output | Rejected | ClusterStatus) -> None:
+    def send(self, *answers: Output | Rejected | Lost | ClusterStatus) -> None:
         """Only from `answer`, or while the thread is not running: sockets belong to one thread."""
         assert self._frontend_address is not None
         for answer in answers:
@@ -171,4 +174,4 @@ def _prompt_logprobs(request: Request) -> list[TokenLogprobs] | None:
 
 def _empty(request: Request, choice: int) -> Output:
     prompt_logprobs = _prompt_logprobs(request) if choice == 0 else None
-    return Output(request.request_id, choice, 0, 0, [], FinishReason.LENGTH, prompt_logprobs=prompt_logprobs)
+    return Output(request.request_id, choice, 0, [], FinishReason.LENGTH, prompt_logprobs=prompt_logprobs)

@@ -304,7 +304,7 @@ def test_rejected_by_the_controller(served: Served, route: str, stream: bool) ->
 
 
 def broken(request: Request) -> list[Output | Rejected]:
-    lost = Output(request.request_id, 0, 0, 0, [], FinishReason.ERROR, error="d0.1 died")
+    lost = Output(request.request_id, 0, 0, [], FinishReason.ERROR, error="d0.1 died")
     return [*outputs(request, [65, 66])[:1], lost]
 
 

@@ -14,12 +14,10 @@ def make(*stops: str, min_tokens: int = 0, include_stop: bool = False) -> Choice
     return Choice(0, detokenizer, StopStrings(stops, include_stop), min_tokens)
 
 
-def output(
-    index: int, text: str, reason: FinishReason | None = None, *, stop_token_id: int | None = None, attempt: int = 0
-) -> Output:
+def output(index: int, text: str, reason: FinishReason | None = None, *, stop_token_id: int | None = None) -> Output:
     token_ids = list(text.encode())
     logprobs = [TokenLogprobs(token_id, -1.0) for token_id in token_ids]
-    return Output("r0", 0, attempt, index, token_ids, reason, stop_token_id, logprobs)
+    return Output("r0", 0, index, token_ids, reason, stop_token_id, logprobs)
 
 
 def text_of(deltas: list[Delta | None]) -> str:
@@ -31,7 +29,7 @@ def test_any_order_of_arrival_gives_the_same_text(text: str, data: st.DataObject
     token_ids = list(text.encode())
     cuts = sorted({0, *data.draw(st.lists(st.integers(0, len(token_ids) - 1))), len(token_ids)})
     parts = [
-        Output("r0", 0, 0, start, token_ids[start:stop], FinishReason.LENGTH if stop == len(token_ids) else None)
+        Output("r0", 0, start, token_ids[start:stop], FinishReason.LENGTH if stop == len(token_ids) else None)
         for start, stop in pairwise(cuts)
     ]
     choice = make()
@@ -45,11 +43,11 @@ def test_any_order_of_arrival_gives_the_same_text(text: str, data: st.DataObject
 def test_a_new_attempt_goes_on_where_the_old_one_ended(text: str, num_before: int) -> None:
     choice = make()
     token_ids = list(text.encode())
-    deltas = [choice.accept(Output("r0", 0, 0, i, [t])) for i, t in enumerate(token_ids[:num_before])]
-    choice.accept(Output("r0", 0, 0, len(token_ids) + 5, [1]))  # ahead of a gap that now never closes
+    deltas = [choice.accept(Output("r0", 0, i, [t])) for i, t in enumerate(token_ids[:num_before])]
+    choice.accept(Output("r0", 0, len(token_ids) + 5, [1]))  # ahead of a gap that now never closes
     choice.restart()
-    deltas += [choice.accept(Output("r0", 0, 1, i, [t])) for i, t in enumerate(token_ids)]
-    deltas.append(choice.accept(Output("r0", 0, 1, len(token_ids), [], FinishReason.LENGTH)))
+    deltas += [choice.accept(Output("r0", 0, i, [t])) for i, t in enumerate(token_ids)]
+    deltas.append(choice.accept(Output("r0", 0, len(token_ids), [], FinishReason.LENGTH)))
     assert text_of(deltas) == text
     assert choice.num_tokens == len(token_ids)
 
@@ -104,12 +102,12 @@ def test_a_stop_id_is_counted_and_not_shown() -> None:
 
 def test_failures_do_not_wait_for_a_gap() -> None:
     choice = make()
-    delta = choice.accept(Output("r0", 0, 0, 7, [], FinishReason.ERROR, error="lost"))
+    delta = choice.accept(Output("r0", 0, 7, [], FinishReason.ERROR, error="lost"))
     assert delta is not None
     assert (delta.finish_reason, delta.error) == (FinishReason.ERROR, "lost")
 
 
 def test_half_a_character_at_the_end_is_shown_as_such() -> None:
-    delta = make().accept(Output("r0", 0, 0, 0, [0xC3], FinishReason.LENGTH))
+    delta = make().accept(Output("r0", 0, 0, [0xC3], FinishReason.LENGTH))
     assert delta is not None
     assert delta.text == "\ufffd"

@@ -3,15 +3,17 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 
 from flowkv.config import LimitsConfig
 from flowkv.errors import RequestError
-from flowkv.messages import Abort, FrontendHello, Rejected
+from flowkv.messages import Abort, FrontendHello, Lost, Rejected
 from flowkv.server.byte_tokenizer import ByteTokenizer
 from flowkv.server.choice import Delta
 from flowkv.server.frontend import Frontend, TextOptions
+from flowkv.server.recovery import MAX_FRUITLESS
 from flowkv.server.stream import RequestStream
 from flowkv.types import FinishReason, Output, Request, SamplingParams, TokenLogprobs
 from flowkv.wire import AsyncMailbox, Outbox, SyncContext
@@ -125,16 +127,73 @@ def test_submit_is_repeated_until_it_is_accepted(tmp_path: Path) -> None:
     run(scenario, tmp_path)
 
 
-def test_outputs_out_of_order_and_of_old_attempts(tmp_path: Path) -> None:
+def test_a_lost_request_goes_on_after_what_has_come_of_it(tmp_path: Path) -> None:
     async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
-        def answer(request: Request) -> list[Output | Rejected]:
-            old = outputs(request, list(b"xyz"))
-            new = outputs(request, list(b"xylophone"), attempt=1)
-            return [old[0], new[3], old[1], new[0], new[2], old[2], new[1], *new[4:]]
+        def answer(request: Request) -> list[Output | Rejected | Lost]:
+            whole: list[Output | Rejected | Lost] = [*outputs(request, list(b"xylophone"))]
+            if request.request_id == "r0":
+                return [whole[1], whole[0], whole[5], Lost("r0"), Lost("r0"), whole[2]]
+            return whole[2:]
 
         cluster.answer = answer
         deltas = await collect(frontend.submit([request()], TextOptions(), 0.0))
         assert texts(deltas) == {0: "xylophone"}
+        assert b"".join(bytes(delta.token_ids) for delta in deltas) == b"xylophone"
+        await wait_for(cluster, lambda: Abort("r0") in cluster.aborts)  # of the second `Lost`, and of what came late
+        [resumed] = [message for message in cluster.submits if message.resumes is not None]
+        assert (resumed.request.request_id, resumed.resumes) == ("r0~1", "r0")
+        assert resumed.output_ids == {0: list(b"xy")} and not resumed.is_claim
+        assert frontend.metrics.num_recoveries._value.get() == 1
+
+    run(scenario, tmp_path)
+
+
+def test_only_choices_that_run_on_are_resumed_and_all_begin_anew_where_nothing_is_out(tmp_path: Path) -> None:
+    async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
+        def answer(request: Request) -> list[Output | Rejected | Lost]:
+            first = [*outputs(request, [65, 66, 67], choice=0)]
+            second = [*outputs(request, [68, 69, 70], choice=1)]
+            attempts: dict[str, list[Output | Rejected | Lost]] = {
+                "r0": [Lost("r0")],
+                "r0~1": [*first, second[0], Lost("r0~1")],
+                "r0~2": [*second[1:]],
+            }
+            return attempts[request.request_id]
+
+        cluster.answer = answer
+        deltas = await collect(frontend.submit([request(n=2)], TextOptions(), 0.0))
+        assert texts(deltas) == {0: "ABC", 1: "DEF"}
+        assert [message.output_ids for message in cluster.submits] == [{}, {}, {1: [68]}]
+
+    run(scenario, tmp_path)
+
+
+def test_a_request_that_fails_every_instance_ends_with_an_error(tmp_path: Path) -> None:
+    async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
+        cluster.answer = lambda request: [Lost(request.request_id)]
+        with pytest.raises(RequestError, match="instances in a row failed") as raised:
+            await collect(frontend.submit([request()], TextOptions(), 0.0))
+        assert (raised.value.status, raised.value.code) == (500, "instance_failed")
+        assert len({message.request.request_id for message in cluster.submits}) == MAX_FRUITLESS + 1
+        await wait_for(cluster, lambda: Abort(f"r0~{MAX_FRUITLESS}") in cluster.aborts)
+
+    run(scenario, tmp_path)
+
+
+def test_a_new_controller_is_told_of_every_request_and_what_runs_goes_on(tmp_path: Path) -> None:
+    async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
+        def answer(request: Request) -> list[Output | Rejected | Lost]:
+            return [] if request.request_id == "r1" else [*outputs(request, [65])]
+
+        cluster.answer = answer
+        stream = frontend.submit([request("r1")], TextOptions(), 0.0)
+        await wait_for(cluster, lambda: len(cluster.submits) == 1)
+        cluster.status = msgspec.structs.replace(cluster.status, controller="another")
+        await wait_for(cluster, lambda: any(message.is_claim for message in cluster.submits))
+        await more_hellos(cluster, 3)
+        assert len(cluster.submits) == 2  # it was accepted once more
+        stream.abort()
+        assert texts(await collect(frontend.submit([request("r2")], TextOptions(), 0.0))) == {0: "A"}
 
     run(scenario, tmp_path)
 
@@ -164,8 +223,8 @@ def test_abort_ends_the_stream_and_tells_the_cluster(tmp_path: Path) -> None:
 
 def test_outputs_that_nobody_reads_are_stopped(tmp_path: Path) -> None:
     async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
-        stranger = Output("stranger", 0, 0, 0, [1])
-        gone = Output("gone", 0, 0, 0, [], FinishReason.ABORT)
+        stranger = Output("stranger", 0, 0, [1])
+        gone = Output("gone", 0, 0, [], FinishReason.ABORT)
         cluster.answer = lambda request: [gone, stranger, *outputs(request, [65])]
         await collect(frontend.submit([request()], TextOptions(), 0.0))
         await wait_for(cluster, lambda: Abort("stranger") in cluster.aborts)
@@ -194,7 +253,7 @@ def test_a_rejected_request_fails_the_stream_and_takes_back_the_others(tmp_path:
 def test_an_error_of_an_instance_reaches_the_reader(tmp_path: Path) -> None:
     async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
         def answer(request: Request) -> list[Output | Rejected]:
-            return [*outputs(request, [65, 66])[:1], Output("r0", 0, 0, 0, [], FinishReason.ERROR, error="d0.1 died")]
+            return [*outputs(request, [65, 66])[:1], Output("r0", 0, 0, [], FinishReason.ERROR, error="d0.1 died")]
 
         cluster.answer = answer
         with pytest.raises(RequestError, match=r"d0.1 died") as caught:
@@ -206,7 +265,7 @@ def test_an_error_of_an_instance_reaches_the_reader(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [Output("r0", 0, 0, 0, [VOCAB_SIZE]), Output("r0", 0, 0, 0, [65, 66], logprobs=[TokenLogprobs(65, -1.0)])]
+    "wrong", [Output("r0", 0, 0, [VOCAB_SIZE]), Output("r0", 0, 0, [65, 66], logprobs=[TokenLogprobs(65, -1.0)])]
 )
 def test_what_no_token_is_ends_the_choice_and_nothing_else(wrong: Output, tmp_path: Path) -> None:
     async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:

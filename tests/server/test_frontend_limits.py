@@ -35,7 +35,7 @@ def test_a_request_without_a_first_token_is_given_up_everywhere(tmp_path: Path) 
 
 def test_what_a_client_leaves_unread_is_bounded(tmp_path: Path) -> None:
     async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
-        endless = [Output("r0", 0, 0, index, [65]) for index in range(2000)]
+        endless = [Output("r0", 0, index, [65]) for index in range(2000)]
         cluster.answer = lambda request: list(endless)
         stream = frontend.submit([request(max_tokens=100_000)], TextOptions(), frontend.now_s())
         await wait_for(cluster, lambda: Abort("r0") in cluster.aborts)

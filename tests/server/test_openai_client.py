@@ -87,7 +87,7 @@ def test_an_error_within_a_stream_is_raised(served: Served, client: openai.OpenA
     lost = FinishReason.ERROR
     served.cluster.answer = lambda request: [
         *outputs(request, [65, 66])[:1],
-        Output(request.request_id, 0, 0, 0, [], lost, error="d0.1 died"),
+        Output(request.request_id, 0, 0, [], lost, error="d0.1 died"),
     ]
     with pytest.raises(openai.APIError, match=r"d0.1 died"):
         list(client.completions.create(model="toy", prompt="hi", stream=True))

@@ -18,7 +18,7 @@ def make_timeline(n: int = 1, tokenize_s: float = 0.25) -> Timeline:
 
 
 def output(timings: Timings, finish_reason: FinishReason | None = None, choice: int = 0) -> tuple[Output, Timings]:
-    return Output("r", choice, 0, 0, [5], finish_reason, timings=timings), timings
+    return Output("r", choice, 0, [5], finish_reason, timings=timings), timings
 
 
 def spans(record: RequestRecord) -> dict[str, tuple[str, float, float]]:

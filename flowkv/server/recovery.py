@@ -1,0 +1,46 @@
+"""What a request has been through: its attempts, and whether another is worth it."""
+
+from dataclasses import dataclass
+
+from flowkv.errors import RequestError
+from flowkv.types import attempt_id
+
+MAX_FRUITLESS = 5  # attempts in a row that brought no token: the request itself may be what kills instances
+PATIENCE_S = 60.0  # for an instance to take it, after one was lost
+_GAP_S = 3.0  # messages of two instances may come in any order, but not that far apart
+
+
+@dataclass(slots=True)
+class Recovery:
+    request_id: str  # of the first attempt
+    num_attempts: int = 0  # after the first
+    resumes: str | None = None  # the attempt that was lost last
+    _num_tokens: int = 0  # that were out when it was
+    _num_fruitless: int = 0
+    _waits_since_s: float = 0.0
+    _gap_since_s: float | None = None
+
+    def lose(self, num_tokens: int, now_s: float) -> str:
+        """An attempt is lost, with so many tokens out; the id of the next. RequestError (500) after many in vain."""
+        self._num_fruitless = 1 if num_tokens > self._num_tokens else self._num_fruitless + 1
+        if self._num_fruitless > MAX_FRUITLESS:
+            reason = f"{self._num_fruitless} instances in a row failed while they held this request"
+            raise RequestError(reason, status=500, code="instance_failed")
+        self.resumes = attempt_id(self.request_id, self.num_attempts)
+        self.num_attempts += 1
+        self._num_tokens, self._waits_since_s, self._gap_since_s = num_tokens, now_s, None
+        return attempt_id(self.request_id, self.num_attempts)
+
+    def check_patience(self, now_s: float) -> None:
+        """While nobody takes the next attempt. RequestError (503) after too long."""
+        if self.num_attempts and now_s - self._waits_since_s >= PATIENCE_S:
+            reason = f"the instance that held this request failed, and no other took it within {PATIENCE_S:.0f} s"
+            raise RequestError(reason, status=503, code="unavailable")
+
+    def is_broken(self, has_gap: bool, now_s: float) -> bool:
+        """Whether something of this attempt was lost on its way, going by how long tokens are missing before others."""
+        if not has_gap:
+            self._gap_since_s = None
+        elif self._gap_since_s is None:
+            self._gap_since_s = now_s
+        return self._gap_since_s is not None and now_s - self._gap_since_s >= _GAP_S

@@ -1,0 +1,165 @@
+"""A controller that was started again: what runs is found, what does not goes on, and nothing runs twice."""
+
+from flowkv import __version__
+from flowkv.cluster.controller import Controller
+from flowkv.cluster.rebuild import Rebuild
+from flowkv.messages import (
+    Abort,
+    Accepted,
+    ClusterStatus,
+    Dispatch,
+    FrontendHello,
+    InstanceExited,
+    Introduce,
+    LoadReport,
+    Lost,
+    Message,
+    PeerDown,
+    PeerInfo,
+    Register,
+    Submit,
+)
+from flowkv.types import InstanceCounters, InstanceLoad, Request, Role, SamplingParams
+from tests.cluster.rig import LEASE_S, MODEL, Out
+from tests.pools import descriptor
+
+
+class Restarted:
+    def __init__(self, *expected: str, has_nodes: bool = False) -> None:
+        rebuild = Rebuild(expected, has_nodes=has_nodes)
+        self.controller = Controller(1, "epoch", "local", LEASE_S, name="controller~1", rebuild=rebuild)
+        self.now_s = 0.0
+        self.controller.tick(self.now_s)
+        self.take(FrontendHello("f", "f"))
+
+    def take(self, message: Message) -> Out:
+        self.controller.handle(message, self.now_s)
+        return self._taken()
+
+    def wait(self, seconds: float) -> Out:
+        for _ in range(round(seconds / 0.5)):
+            self.now_s += 0.5
+            self.controller.tick(self.now_s)
+        return self._taken()
+
+    def register(self, name: str, running: tuple[str, ...] = (), sending: tuple[str, ...] = ()) -> Out:
+        peer = PeerInfo(name, name, descriptor(name, "L", 100))
+        return self.take(
+            Register(
+                peer, Role.MIXED, MODEL, 16, 8, __version__, "epoch", sequence=7, running=list(running),
+                sending=list(sending),
+            )
+        )  # fmt: skip
+
+    def report(self, name: str, **kwargs: object) -> Out:
+        load = InstanceLoad(free_blocks=100)
+        return self.take(LoadReport(name, 7, Role.MIXED, load, InstanceCounters(), [], [], address=name, **kwargs))  # type: ignore[arg-type]
+
+    def submit(
+        self, request_id: str, *, is_claim: bool = False, resumes: str | None = None, controller: str = ""
+    ) -> Out:
+        request = Request(request_id=request_id, prompt_ids=range(20), sampling=SamplingParams(max_tokens=10))
+        return self.take(Submit("f", request, {}, resumes, is_claim, controller))
+
+    def _taken(self) -> Out:
+        return [out for out in self.controller.take_messages() if not isinstance(out[1], ClusterStatus)]
+
+
+def test_a_stranger_that_reports_is_asked_who_it_is() -> None:
+    rig = Restarted("a")
+    assert rig.report("a") == [("a", Introduce())]
+    rig.take(InstanceExited("a", "was killed"))
+    assert rig.report("a") == []
+
+
+def test_a_request_that_runs_is_the_controllers_again() -> None:
+    rig = Restarted("a")
+    rig.register("a", running=("r",))
+    assert rig.submit("r", is_claim=True) == [("f", Accepted("r"))]
+    assert rig.controller.num_assignments == 1
+    out = rig.take(InstanceExited("a", "was killed"))
+    assert ("f", Lost("r")) in out
+
+
+def test_a_claim_that_comes_before_its_instance_waits_for_it() -> None:
+    rig = Restarted("a", "b")
+    assert rig.submit("r", is_claim=True) == []
+    rig.register("a")
+    assert rig.wait(1) == []
+    rig.register("b", running=("r",))
+    assert rig.wait(0.5) == [("f", Accepted("r"))]
+
+
+def test_what_nobody_runs_is_lost_and_what_is_new_is_dispatched_once_all_are_back() -> None:
+    rig = Restarted("a")
+    rig.submit("gone", is_claim=True)
+    rig.register("a")
+    assert ("f", Lost("gone")) in rig.wait(0.5)
+    assert rig.submit("late", controller="controller") == []  # its frontend will claim it
+    out = rig.submit("new", controller="controller~1")
+    [dispatch] = [message for _, message in out if isinstance(message, Dispatch)]
+    assert (dispatch.request.request_id, dispatch.sequence) == ("new", 8)
+    assert ("f", Lost("gone")) in rig.wait(0.5)  # until the frontend answers
+    rig.submit("gone~1", resumes="gone")
+    assert not any(isinstance(message, Lost) for _, message in rig.wait(2))
+
+
+def test_one_that_stays_silent_is_not_waited_for() -> None:
+    rig = Restarted("a", "b")
+    rig.register("a")
+    assert rig.submit("r", is_claim=True) == []
+    assert ("f", Lost("r")) in rig.wait(6)
+
+
+def test_an_instance_that_died_meanwhile_is_not_waited_for_and_its_peers_hear_of_it() -> None:
+    rig = Restarted("a", "b")
+    rig.take(InstanceExited("b", "was killed"))
+    rig.submit("r", is_claim=True)
+    assert ("a", PeerDown("b")) in rig.register("a")
+    assert ("f", Lost("r")) in rig.wait(0.5)
+
+
+def test_the_peer_that_has_taken_it_over_holds_it() -> None:
+    for order in (("a", "b"), ("b", "a")):
+        rig = Restarted("a", "b")
+        for name in order:
+            rig.register(name, **({"sending": ("r",)} if name == "a" else {"running": ("r",)}))
+        assert rig.submit("r", is_claim=True) == [("f", Accepted("r"))]
+        rig.take(InstanceExited("a", "was killed"))
+        assert rig.controller.num_assignments == 1
+        assert ("f", Lost("r")) in rig.take(InstanceExited("b", "was killed"))
+
+
+def test_a_handover_or_an_end_before_the_claim_counts() -> None:
+    rig = Restarted("a", "b")
+    rig.register("a", running=("moved", "ended"))
+    rig.register("b")
+    rig.report("a", handed_over=[("moved", "b")])
+    rig.take(LoadReport("a", 7, Role.MIXED, InstanceLoad(), InstanceCounters(), [], [("ended", 3)]))
+    rig.submit("moved", is_claim=True)
+    assert ("f", Lost("moved")) in rig.take(InstanceExited("b", "was killed"))
+    rig.wait(0.5)
+    assert ("f", Lost("ended")) in rig.submit("ended", is_claim=True)
+
+
+def test_what_nobody_claims_is_aborted_in_the_end() -> None:
+    rig = Restarted("a")
+    rig.register("a", running=("orphan",))
+    assert ("a", Abort("orphan")) in rig.wait(12)
+    assert not any(isinstance(message, Abort) for _, message in rig.wait(12))
+
+
+def test_an_abort_of_what_is_kept_is_heeded() -> None:
+    rig = Restarted("a")
+    rig.submit("r", is_claim=True)
+    rig.take(Abort("r"))
+    rig.register("a")
+    assert not any(isinstance(message, Lost) for _, message in rig.wait(1))
+
+
+def test_instances_of_other_nodes_get_time_to_come_back() -> None:
+    rig = Restarted(has_nodes=True)
+    rig.submit("r", is_claim=True)
+    assert rig.wait(2) == []
+    rig.register("far@node-1", running=("r",))
+    assert ("f", Accepted("r")) in rig.wait(2)
