@@ -45,7 +45,7 @@ def test_the_environment_takes_keys_and_hashes() -> None:
     ("line", "reason"),
     [
         ("alice", "flowkv api-key alice"),
-        (f"alice:{new_key()}", "is not followed by a hash"),
+        ("alice:fk-not-its-hash", "is not followed by a hash"),
         (f":{'0' * 64}", "a key's name"),
         (f"a/b:{'0' * 64}", "a key's name"),
         (f"a:{'0' * 64} speed=3", "an option is one of concurrent"),
