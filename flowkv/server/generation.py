@@ -10,6 +10,7 @@ from flowkv.errors import RequestError
 from flowkv.server.choice import Delta
 from flowkv.server.response import Collected, ResponseFormat, Usage
 from flowkv.server.stream import RequestStream
+from flowkv.server.timeline import server_timing
 from flowkv.types import FinishReason
 
 SSE_HEADERS = [
@@ -17,6 +18,7 @@ SSE_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+TIMELINE_HEADER = b"x-flowkv-timeline"  # of a request that wants to know where its time went
 JSON_HEADERS = [(b"content-type", b"application/json")]
 
 
@@ -41,8 +43,10 @@ class GenerationResponse:
         self._usage = usage
         self._num_choices = num_choices
         self._streamed = streamed
+        self._wants_timeline = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._wants_timeline = any(name == TIMELINE_HEADER for name, _ in scope["headers"])
         watch = asyncio.create_task(self._watch(receive))
         try:
             await (self._send_stream(send) if self._streamed else self._send_whole(send))
@@ -62,7 +66,10 @@ class GenerationResponse:
         await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
         async for event in self._events(deltas):
             await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": self._shape.ending(self._usage), "more_body": False})
+        ending = self._shape.ending(self._usage)
+        if self._wants_timeline:  # a comment of the stream: clients that do not know of it pass over it
+            ending = b": server-timing " + self._server_timing() + b"\n\n" + ending
+        await send({"type": "http.response.body", "body": ending, "more_body": False})
 
     async def _events(self, deltas: list[Delta]) -> AsyncIterator[bytes]:
         yield self._show(deltas)
@@ -92,5 +99,11 @@ class GenerationResponse:
             raise RequestError("the request was aborted", status=503, code="aborted")
         body = self._shape.whole(choices, self._usage)
         headers = [*JSON_HEADERS, (b"content-length", str(len(body)).encode())]
+        if self._wants_timeline:
+            headers.append((b"server-timing", self._server_timing()))
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+    def _server_timing(self) -> bytes:
+        """Of what is over."""
+        return server_timing(timeline.record(0.0) for timeline in self._stream.timelines if timeline.is_over).encode()

@@ -10,6 +10,7 @@ from flowkv.errors import RequestError
 from flowkv.server.endpoint import Endpoint, json_response
 from flowkv.server.frontend import Frontend
 from flowkv.server.timeline import RequestRecord
+from flowkv.server.trace import chrome_trace
 
 DEFAULT_LIMIT = 50
 
@@ -34,6 +35,10 @@ class RequestsApi:
                 path="/requests", handler=self.requests, answer=RequestsView, errors=(400,),
                 summary="Timelines of requests: running, last, slowest",
             ),
+            Endpoint(
+                path="/debug/trace", handler=self.trace, errors=(400,),
+                summary="The last requests as a Chrome trace, for ui.perfetto.dev",
+            ),
         ]  # fmt: skip
 
     async def requests(self, request: Request) -> Response:
@@ -48,6 +53,12 @@ class RequestsApi:
             slowest=journal.slowest(now_at)[:limit],
         )
         return json_response(view)
+
+    async def trace(self, request: Request) -> Response:
+        """`?limit=N`: of the last N; all that are kept, unless said otherwise."""
+        records = self._frontend.journal.recent
+        text = request.query_params.get("limit")
+        return json_response(chrome_trace(records if text is None else records[: _limit(text)]))
 
 
 def _limit(text: str | None) -> int:
