@@ -21,13 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit status. Every error of ours is one line on stderr."""
     args = _parser().parse_args(argv)
     try:
-        args.command(args)
+        status: int | None = args.command(args)
     except FlowKVError as error:
         print(f"flowkv: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the launcher has taken over
         return 130
-    return 0
+    return status or 0
 
 
 def _serve(args: argparse.Namespace) -> None:
@@ -60,6 +60,15 @@ def _top(args: argparse.Namespace) -> None:
     from flowkv.top import top
 
     top(args.url, args.interval, args.once)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    config = load_config(args.config, _overrides(args), args.set)
+    from flowkv.doctor.examination import examine
+    from flowkv.doctor.machine import look_at_machine
+    from flowkv.doctor.report import show, show_json
+
+    return (show_json if args.json else show)(examine(config, look_at_machine(), args.controller))
 
 
 def _key(args: argparse.Namespace) -> None:
@@ -103,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_join(commands)
     _add_top(commands)
+    _add_doctor(commands)
     add_simulate(commands)
     add_plan(commands)
     add_profile(commands)
@@ -199,6 +209,25 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         epilog="Options win over the configuration file, and --set over both.",
     )
     serve.set_defaults(command=_serve)
+    _add_cluster(serve)
+
+
+def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="look at this machine and a configuration, and say what would go wrong",
+        description="Look at this machine and at what flowkv serve would be started with, and say what would go wrong "
+        "and what to do about it. Nothing is started or sent. The exit status is 1 if something fails.",
+        epilog="All other options are those of flowkv serve.",
+    )
+    doctor.set_defaults(command=_doctor)
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.add_argument("--controller", metavar="HOST[:PORT]", help="of a cluster that this node is to join")
+    _add_cluster(doctor)
+
+
+def _add_cluster(serve: argparse.ArgumentParser) -> None:
+    """What a cluster is started with."""
     defaults = ClusterConfig()
     serve.add_argument(
         "model", nargs="?", metavar="MODEL", help="folder of a Hugging Face model (default: the bundled one)"
