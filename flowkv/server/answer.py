@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from flowkv.server.tools.feed import Arguments, CallBegin, Text
+from flowkv.server.tools.feed import Arguments, CallBegin, Piece, Text
 from flowkv.server.tools.plan import ToolPlan
 from flowkv.server.tools.reader import call_id
 from flowkv.types import FinishReason
@@ -36,26 +36,29 @@ class Answer:
         self._reader = plan.new_reader()
         self._num_calls = 0
 
-    def add(self, text: str, finish_reason: FinishReason | None) -> AnswerPart:
+    def read(self, text: str, finish_reason: FinishReason | None) -> list[Piece]:
+        """What is new, in its order."""
         pieces = self._reader.push(text)
         if finish_reason is not None:
             pieces += self._reader.finish()
+        self._num_calls += sum(isinstance(piece, CallBegin) for piece in pieces)
+        has_called = finish_reason is FinishReason.STOP and self._num_calls > 0
+        self.finish_reason = TOOL_CALLS if has_called else finish_reason
+        return pieces
+
+    def add(self, text: str, finish_reason: FinishReason | None) -> AnswerPart:
+        index = self._num_calls - 1
+        pieces = self.read(text, finish_reason)
         part = AnswerPart(is_empty=not pieces)
         for piece in pieces:
             match piece:
                 case Text(text=more):
                     part.text += more
                 case CallBegin(name=name):
-                    part.calls.append(CallPart(self._num_calls, call_id(self._plan.id_length), name))
-                    self._num_calls += 1
+                    index += 1
+                    part.calls.append(CallPart(index, call_id(self._plan.id_length), name))
                 case Arguments(text=more):
-                    self._open_call(part).arguments += more
-        has_called = finish_reason is FinishReason.STOP and self._num_calls > 0
-        self.finish_reason = TOOL_CALLS if has_called else finish_reason
+                    if not part.calls:
+                        part.calls.append(CallPart(index))
+                    part.calls[-1].arguments += more
         return part
-
-    def _open_call(self, part: AnswerPart) -> CallPart:
-        index = self._num_calls - 1
-        if not part.calls or part.calls[-1].index != index:
-            part.calls.append(CallPart(index))
-        return part.calls[-1]

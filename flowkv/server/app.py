@@ -18,6 +18,7 @@ from flowkv.server.endpoint import Endpoint
 from flowkv.server.frontend import Frontend
 from flowkv.server.requests_api import RequestsApi
 from flowkv.server.response import error_body, retry_headers
+from flowkv.server.responses_api import ResponsesApi
 from flowkv.server.status_api import StatusApi
 from flowkv.server.text_service import TextService
 from flowkv.server.tokens_api import TokensApi
@@ -29,6 +30,7 @@ def create_app(frontend: Frontend, model_name: str, config: ServerConfig) -> Sta
     endpoints: list[Endpoint] = [
         *CompletionsApi(service).endpoints(),
         *ChatApi(service).endpoints(),
+        *ResponsesApi(service).endpoints(),
         *TokensApi(service).endpoints(),
         *StatusApi(service).endpoints(),
         *Dashboard(service).endpoints(),

@@ -7,6 +7,8 @@ import msgspec
 
 from flowkv.errors import RequestError
 
+TEXT_TYPES = ("text", "input_text", "output_text")  # the latter two are those of /v1/responses
+
 
 class ContentPart(msgspec.Struct, frozen=True):
     type: str
@@ -54,19 +56,20 @@ class ChatMessage(msgspec.Struct, frozen=True):
         return message
 
     def check(self, where: str) -> None:
-        """Raises `RequestError` (400)."""
+        """`where` is its place in the body, as `messages[0]`. Raises `RequestError` (400)."""
+        field = where.partition("[")[0]
         if self.function_call is not None:
-            raise RequestError(f"{where}: function_call is not supported, use tool_calls", param="messages")
+            raise RequestError(f"{where}: function_call is not supported, use tool_calls", param=field)
         if self.tool_calls and self.role != "assistant":
-            raise RequestError(f"{where}: only an assistant has tool_calls", param="messages")
+            raise RequestError(f"{where}: only an assistant has tool_calls", param=field)
         if self.content is None and not self.tool_calls:
-            raise RequestError(f"{where}.content is missing", param="messages")
+            raise RequestError(f"{where}.content is missing", param=field)
         if isinstance(self.content, list):
             _check_parts(where, self.content)
         for number, call in enumerate(self.tool_calls or []):
             if _arguments(call) is None:
                 reason = f"{where}.tool_calls[{number}].function.arguments is not a JSON object"
-                raise RequestError(reason, param="messages")
+                raise RequestError(reason, param=field)
 
 
 def _plain_call(call: ToolCall) -> dict[str, Any]:
@@ -86,10 +89,9 @@ def _arguments(call: ToolCall) -> dict[str, Any] | None:
 
 
 def _check_parts(where: str, parts: list[ContentPart]) -> None:
+    field = where.partition("[")[0]
     for number, part in enumerate(parts):
-        if part.type != "text":
-            raise RequestError(
-                f"{where}.content[{number}] of type {part.type!r}: only text is supported", param="messages"
-            )
+        if part.type not in TEXT_TYPES:
+            raise RequestError(f"{where}.content[{number}] of type {part.type!r}: only text is supported", param=field)
         if part.text is None:
-            raise RequestError(f"{where}.content[{number}].text is missing", param="messages")
+            raise RequestError(f"{where}.content[{number}].text is missing", param=field)

@@ -15,6 +15,7 @@ PATHS = {
     "video": ("/v1/videos", "/v1/videos/{rest:path}"),
     "moderations": ("/v1/moderations",),
     "LoRA adapters": ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+    "stored answers": ("/v1/responses/{rest:path}", "/v1/conversations", "/v1/conversations/{rest:path}"),
     "fine-tuning": ("/v1/fine_tuning/{rest:path}",),
     "files and batches": ("/v1/files", "/v1/files/{rest:path}", "/v1/batches", "/v1/batches/{rest:path}"),
     "assistants and threads": (
