@@ -1,5 +1,6 @@
 """`/dashboard`: a page that shows the cluster, and `/dashboard/data`, which it asks every second."""
 
+import time
 from pathlib import Path
 
 import msgspec
@@ -12,9 +13,11 @@ from flowkv.server.endpoint import Endpoint
 from flowkv.server.events import Event
 from flowkv.server.history import WINDOW_S, Recent, Second
 from flowkv.server.text_service import TextService
+from flowkv.server.timeline import RequestRecord
 from flowkv.server.watch import InstanceRow
 from flowkv.types import Regime
 
+NUM_SLOWEST = 12
 FOLDER = Path(__file__).parent / "static" / "dashboard"
 _MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -54,6 +57,7 @@ class DashboardData(msgspec.Struct, frozen=True, kw_only=True):
     seconds: list[Second]
     events: list[Event]
     instances: list[InstanceRow]
+    slowest: list[RequestRecord]  # of the last ten minutes, the slowest first
 
 
 class Dashboard:
@@ -114,6 +118,7 @@ class Dashboard:
             seconds=frontend.history.since(now_s, since),
             events=[event for event in frontend.watch.events if event.time_s > now_s - WINDOW_S],
             instances=frontend.watch.rows(),
+            slowest=frontend.journal.slowest(time.time())[:NUM_SLOWEST],
         )
 
 

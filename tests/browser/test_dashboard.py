@@ -11,9 +11,12 @@ import msgspec
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
+from flowkv.server.access import ADMIN_KEY_VARIABLE
 from flowkv.server.dashboard import DashboardData
 from flowkv.server.events import Event, EventKind
 from flowkv.server.history import Quantiles, Recent, Second
+from flowkv.server.keys import new_key
+from flowkv.server.timeline import Phase, PhaseName, RequestRecord, State
 from flowkv.server.watch import InstanceRow, LinkRow
 from flowkv.types import Regime, Role
 from tests.browser.page import SCHEMES, SIZES, Watched, chromium, opened
@@ -39,6 +42,17 @@ def ask(server: Server, number: int) -> None:
     with ThreadPoolExecutor(8) as pool:
         for answer in pool.map(lambda _: server.client.post("/v1/completions", json=body), range(number)):
             assert answer.status_code == 200, answer.text
+
+
+def a_request(seconds: float) -> RequestRecord:
+    """It was lost once, and ended with an error after `seconds`."""
+    starts = [seconds * part / 10 for part in range(10)]
+    phases = [Phase(name, "decode-0", start_s, seconds / 10) for name, start_s in zip(PhaseName, starts, strict=False)]
+    return RequestRecord(
+        request_id=f"{NASTY}-{seconds}", arrived_at=1e9, state=State.FAILED, error="instance_died", prompt_tokens=9,
+        output_tokens=1, num_choices=1, num_attempts=2, prefill_instance="prefill-0", decode_instance="decode-0",
+        elapsed_s=seconds, unaccounted_s=seconds / 10, phases=phases,
+    )  # fmt: skip
 
 
 def made_up(num_instances: int, **changed: Any) -> DashboardData:
@@ -72,7 +86,7 @@ def made_up(num_instances: int, **changed: Any) -> DashboardData:
         frontend="made up", version="1.2.3", now_s=1600.5, window_s=600, is_ready=True, status_age_s=0.1,
         model_name="made-up", regime=Regime.OVERLOADED, num_live=12, num_flips=1, num_refused=0, seconds=seconds,
         recent=Recent(ttft_s=Quantiles(0.1, 0.2, 0.4), itl_s=Quantiles(0.01, 0.02, 0.04)),
-        events=events, instances=rows,
+        events=events, instances=rows, slowest=[a_request(seconds) for seconds in (8.0, 2.0, 0.5)],
     )  # fmt: skip
     return msgspec.structs.replace(data, **changed)
 
@@ -178,12 +192,15 @@ def test_from_one_instance_to_many(browser: Browser, server: Server, num_instanc
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_before_anything_has_happened(browser: Browser, server: Server, scheme: str) -> None:
-    nothing = made_up(0, seconds=[], events=[], is_ready=False, status_age_s=None, recent=Recent(), num_live=0)
+    nothing = made_up(
+        0, seconds=[], events=[], is_ready=False, status_age_s=None, recent=Recent(), num_live=0, slowest=[]
+    )
     with opened(browser, server.url, scheme) as watched:
         answer_with(watched, nothing)
         watched.page.goto("/dashboard")
         expect(watched.page.locator("#instances")).to_contain_text("The controller has not been heard of yet.")
         expect(watched.page.locator("#plots")).to_contain_text("no request in this time")
+        expect(watched.page.locator("#requests code")).to_contain_text(f"curl {server.url}/v1/completions")
         watched.check(server.url)
         watched.screenshot(f"nothing-{scheme}")
 
@@ -218,19 +235,29 @@ def test_plots_are_read_with_the_keyboard(browser: Browser, server: Server) -> N
         expect(watched.page.locator("svg.plot").first).to_contain_text("10 min")
 
 
-def test_a_key_is_asked_for_where_there_is_one(browser: Browser, server: Server) -> None:
-    data = msgspec.json.encode(made_up(2))
-
-    def guard(route: Route) -> None:
-        if route.request.headers.get("authorization") == "Bearer secret":
-            route.fulfill(body=data, content_type="application/json")
-        else:
-            route.fulfill(status=401, body="{}", content_type="application/json")
-
+def test_slowest_requests_show_their_phases(browser: Browser, server: Server) -> None:
+    ask(server, 2)
     with opened(browser, server.url) as watched:
-        watched.page.route("**/dashboard/data*", guard)
         watched.page.goto("/dashboard")
-        watched.page.get_by_label("This server asks for a key").fill("secret")
+        request = watched.page.locator(".requests li").first
+        expect(request).to_contain_text("23 → 20 tokens")
+        expect(request.locator(".phases .phase-prefill")).to_have_count(1)
+        expect(request.locator(".phases .phase-decode")).to_have_count(1)
+        expect(request.locator("table")).to_be_hidden()
+        request.locator("summary").focus()
         watched.page.keyboard.press("Enter")
-        expect(watched.page.locator("#model")).to_have_text("made-up")
-        expect(watched.page.locator("#key-form")).to_be_hidden()
+        expect(request.locator("tbody tr").last).to_contain_text("in no phase")
+        watched.check(server.url)
+        watched.screenshot("request")
+
+
+def test_with_an_admin_key_the_browser_asks_for_it(browser: Browser) -> None:
+    key = new_key()
+    environment = {ADMIN_KEY_VARIABLE: f"operator:{key}"}
+    with serving("--toy", "--mixed", "1", "--kv-memory", "1MiB", environment=environment) as server:
+        assert server.client.get("/dashboard").status_code == 401
+        credentials = {"username": "anyone", "password": key}
+        with opened(browser, server.url, http_credentials=credentials) as operator:
+            operator.page.goto("/dashboard")
+            expect(operator.page.locator("#instances tbody tr")).to_have_count(1)
+            operator.check(server.url)

@@ -3,27 +3,19 @@
 const DATA = new URL("data", import.meta.url);
 const INTERVAL_MS = 1000;
 const TIMEOUT_MS = 5000;
-const KEY = "flowkv-key";
 
 export class Feed {
-  /** `onData(feed)` after every answer, `onSilence(feed, error)` where none came, `onLocked()` where a key is asked for. */
-  constructor({ onData, onSilence, onLocked }) {
-    Object.assign(this, { onData, onSilence, onLocked });
+  /** `onData()` after every answer, `onSilence(error)` where none came. */
+  constructor({ onData, onSilence }) {
+    Object.assign(this, { onData, onSilence });
     this.seconds = [];
     this.latest = null;
     this.heardMs = 0;
-    this.isLocked = false;
   }
 
   start() {
     document.addEventListener("visibilitychange", () => document.hidden || this.ask());
-    setInterval(() => document.hidden || this.isLocked || this.ask(), INTERVAL_MS);
-    this.ask();
-  }
-
-  unlock(key) {
-    sessionStorage.setItem(KEY, key);
-    this.isLocked = false;
+    setInterval(() => document.hidden || this.ask(), INTERVAL_MS);
     this.ask();
   }
 
@@ -33,25 +25,16 @@ export class Feed {
     try {
       await this.fetch();
     } catch (error) {
-      this.onSilence(this, error);
+      this.onSilence(error);
     } finally {
       this.isAsking = false;
     }
   }
 
   async fetch() {
-    const key = sessionStorage.getItem(KEY);
     const url = new URL(DATA);
     url.searchParams.set("since", this.nextTick);
-    const answer = await fetch(url, {
-      headers: key === null ? {} : { authorization: `Bearer ${key}` },
-      signal: AbortSignal.timeout(TIMEOUT_MS),
-    });
-    if (answer.status === 401 || answer.status === 403) {
-      this.isLocked = true;
-      this.onLocked();
-      return;
-    }
+    const answer = await fetch(url, { signal: AbortSignal.timeout(TIMEOUT_MS) });
     if (!answer.ok) throw new Error(`the server answers with ${answer.status}`);
     this.take(await answer.json());
   }
@@ -69,7 +52,7 @@ export class Feed {
     this.seconds.splice(0, this.seconds.length - data.window_s);
     this.latest = data;
     this.heardMs = Date.now();
-    this.onData(this);
+    this.onData();
   }
 
   get nextTick() {

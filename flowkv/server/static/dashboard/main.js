@@ -8,6 +8,7 @@ import { Instances } from "./instances.js";
 import { Lanes } from "./lanes.js";
 import { Links } from "./links.js";
 import { Plot } from "./plot.js";
+import { Requests } from "./requests.js";
 import { Summary } from "./summary.js";
 
 const quantile = (field, place) => (second) => second[field]?.[place] ?? null;
@@ -52,21 +53,15 @@ const PLOTS = [
 ];
 
 const summary = new Summary();
-const sections = [new Lanes(), new Instances(), new Links()];
-const [laneSection, instanceSection, linkSection] = sections;
+const lanes = new Lanes();
+const instances = new Instances();
+const requests = new Requests();
+const links = new Links();
 
 const feed = new Feed({
-  onData() {
-    byId("key-form").hidden = true;
-    showAll();
-  },
-  onSilence(_, error) {
+  onData: showAll,
+  onSilence(error) {
     summary.showSilence(error.name === "TimeoutError" ? "it is silent" : error.message, feed.latest && ageS());
-  },
-  onLocked() {
-    byId("key-form").hidden = false;
-    summary.showState("locked", "unknown");
-    byId("key").focus();
   },
 });
 
@@ -86,9 +81,10 @@ function showPlots() {
 function showAll() {
   summary.show(feed, windowS());
   showPlots();
-  laneSection.show(feed, windowS());
-  instanceSection.show(feed.latest);
-  linkSection.show(feed.latest.instances);
+  lanes.show(feed, windowS());
+  instances.show(feed.latest);
+  requests.show(feed.latest);
+  links.show(feed.latest.instances);
 }
 
 for (const plot of PLOTS) {
@@ -96,10 +92,6 @@ for (const plot of PLOTS) {
   cursor.follow(plot);
 }
 byId("window").addEventListener("change", () => feed.latest && showAll());
-byId("key-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  feed.unlock(byId("key").value);
-});
 new ResizeObserver(() => feed.latest && showAll()).observe(byId("plots"));
 setInterval(() => feed.latest && summary.showAge(ageS()), 1000);
 feed.start();
