@@ -253,7 +253,7 @@ def test_slowest_requests_show_their_phases(browser: Browser, server: Server) ->
 
 def test_with_an_admin_key_the_browser_asks_for_it(browser: Browser) -> None:
     key = new_key()
-    environment = {ADMIN_KEY_VARIABLE: f"operator:{key}"}
+    environment = {ADMIN_KEY_VARIABLE: key}
     with serving("--toy", "--mixed", "1", "--kv-memory", "1MiB", environment=environment) as server:
         assert server.client.get("/dashboard").status_code == 401
         credentials = {"username": "anyone", "password": key}
