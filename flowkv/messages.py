@@ -58,8 +58,9 @@ class Submit(Message):
 
     One that `resumes` an attempt that was lost (its id) goes on after `output_ids`; empty, it begins anew. It was
     accepted before, so it is not turned away for want of an instance that lives: it is repeated until there is one.
-    One that is a claim may run somewhere already: the controller that had accepted it is gone. If it does not, `Lost`
-    comes back. What was sent to another `controller` (`ClusterStatus`) is ignored: its frontend will claim it.
+    One that is a claim may run somewhere already: the controller that had accepted it is gone, or nothing was heard of
+    it for long. If it does not, `Lost` comes back. What was sent to another `controller` (`ClusterStatus`) is ignored:
+    its frontend will claim it.
     """
 
     frontend: str

@@ -180,6 +180,12 @@ class ClusterCollector(Collector):
                 for link in status.links:
                     counter.add_metric([status.name, link.peer, link.backend], getattr(link, field))
             yield counter
+        text = "1 where no write over the link has failed lately, towards 0 the more did"
+        health = GaugeMetricFamily("flowkv_link_health", text, labels=["instance", "peer", "backend"])
+        for status in statuses:
+            for link in status.links:
+                health.add_metric([status.name, link.peer, link.backend], link.health)
+        yield health
 
 
 class FrontendMetrics:

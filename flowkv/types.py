@@ -198,6 +198,7 @@ class LinkStatus(msgspec.Struct, frozen=True, kw_only=True):
     num_bytes: int = 0
     num_calls: int = 0
     seconds: float = 0.0  # spent moving
+    health: float = 1.0  # 1: no write failed lately; halved by each that does
 
 
 class InstanceLoad(msgspec.Struct, frozen=True, kw_only=True):

@@ -178,7 +178,8 @@ class Controller:
         if request.request_id in self._assignments:
             self._send(address, Accepted(request.request_id))
             return
-        if (answer := self._settled.get(request.request_id)) is not None:
+        answer = self._settled.get(request.request_id)
+        if answer is not None and not message.is_claim:
             self._send(address, answer)
             return
         if message.controller not in ("", self._name):
@@ -372,6 +373,7 @@ class Controller:
         if self._rebuild is not None:
             self._rebuild.hear(message)
         self._settle_unanswered(view)
+        self._lose_missed(view)
         if view.is_drained and view.is_draining and not view.is_stopping:
             self._stop(view)
 
@@ -439,6 +441,13 @@ class Controller:
 
     def _is_stalled(self, name: str) -> bool:
         return name in self._views and self._views[name].liveness.is_stalled
+
+    def _lose_missed(self, view: InstanceView) -> None:
+        """It lives, and a dispatch has not come to it."""
+        missed, view.missed = view.missed, []
+        for request_id in missed:
+            if (assignment := self._assignments.get(request_id)) is not None and assignment.owner == view.name:
+                self._lose(request_id)
 
     def _lose_all(self, instance: str) -> None:
         for request_id in [r for r, a in self._assignments.items() if a.owner == instance]:

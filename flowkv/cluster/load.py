@@ -18,6 +18,8 @@ _POOL_FRACTION = 0.95  # of a pool that may be promised
 _WRITE_S = 1e-7  # a token's KV to a peer, while no transfer was seen
 _LEARN_ERROR = 0.02  # weight of one request
 _MAX_ERROR = 3.0
+_MISSED_S = 5.0  # reports that come so long after a dispatch, and do not know of it: a connection broke
+_MISSED_REPORTS = 2  # the one at the end of a step was written before what came during the step was read
 _SHORT_S = 0.05  # TTFTs that are mostly messages and waiting for a step say nothing
 
 
@@ -45,6 +47,16 @@ class Work(NamedTuple):
 
     def plus(self, other: "Work") -> "Work":
         return Work(self.num_tokens + other.num_tokens, self.num_pairs + other.num_pairs)
+
+
+class _Sent(NamedTuple):
+    """A dispatch."""
+
+    sequence: int
+    request_id: str
+    work: Work
+    is_deferred: bool
+    sent_s: float
 
 
 class PredictionError:
@@ -94,7 +106,9 @@ class InstanceView:
         self._max_itl_s = max_itl_s
         self._max_step_tokens = 0  # most prompt tokens of one step so far
         self._next_sequence = message.sequence + 1
-        self._unseen: deque[tuple[int, Work, bool]] = deque()  # (sequence, prompt, deferred) not echoed yet
+        self._unseen: deque[_Sent] = deque()  # not echoed yet
+        self._num_late_reports = 0  # that should have known of the first of these
+        self.missed: list[str] = []  # requests that were sent here and did not come
         self._unseen_work = Work(0, 0)
         self._unseen_deferred = Work(0, 0)
         self.home_tokens = 0.0  # KV slots of `homes`, each halfway through its output
@@ -156,7 +170,7 @@ class InstanceView:
         sequence, self._next_sequence = self._next_sequence, self._next_sequence + 1
         num_tokens = len(request.prompt_ids)
         work = Work(num_tokens, prefill_pairs(0, num_tokens))
-        self._unseen.append((sequence, work, request.is_deferred))
+        self._unseen.append(_Sent(sequence, request.request_id, work, request.is_deferred, now_s))
         self._count_unseen(work, request.is_deferred)
         if not request.is_deferred and ttft_s > _SHORT_S:
             self._predicted[request.request_id] = (now_s, ttft_s)
@@ -171,6 +185,19 @@ class InstanceView:
     def forget(self, request_id: str) -> None:
         """It is over, or goes elsewhere."""
         self._predicted.pop(request_id, None)
+
+    def _forget_first_sent(self) -> str:
+        sent = self._unseen.popleft()
+        self._num_late_reports = 0
+        self._count_unseen(Work(-sent.work.num_tokens, -sent.work.num_pairs), sent.is_deferred)
+        return sent.request_id
+
+    def _look_for_missed(self, now_s: float) -> None:
+        if not self._unseen or now_s - self._unseen[0].sent_s < _MISSED_S:
+            return
+        self._num_late_reports += 1
+        if self._num_late_reports >= _MISSED_REPORTS:
+            self.missed.append(self._forget_first_sent())
 
     def _count_unseen(self, work: "Work", is_deferred: bool) -> None:
         if is_deferred:
@@ -193,9 +220,9 @@ class InstanceView:
         self.load, self.counters = report.load, report.counters
         for link in report.links:
             self.links[link.peer] = link
-        while self._unseen and self._unseen[0][0] <= report.sequence:
-            _, work, is_deferred = self._unseen.popleft()
-            self._count_unseen(Work(-work.num_tokens, -work.num_pairs), is_deferred)
+        while self._unseen and self._unseen[0].sequence <= report.sequence:
+            self._forget_first_sent()
+        self._look_for_missed(now_s)
         prefill_s = 0.0
         for step in report.steps:
             prefill_s += self._learn(step)

@@ -54,6 +54,7 @@ class Outgoing:
     transfer: Transfer | None = None
     choices: dict[int, list[int]] | None = None  # output ids of the choices that run on; None until prefilled
     prefilled_s: float = 0.0
+    has_retried: bool = False  # a peer to which a write failed
 
 
 class HandoffSender:
@@ -206,11 +207,15 @@ class HandoffSender:
 
     def on_written(self, written: Written) -> None:
         transfer = self._transfers.written(written)
-        if written.error is None or transfer.is_closing:
+        if written.error is None:
+            return
+        self.links.failed(transfer.peer)
+        if transfer.is_closing:
             return
         if transfer.is_announced:
             transfer.has_failed = True  # how much of it the peer has counted, only the peer can say
         else:
+            self._try_again_later(transfer)
             self._leave(transfer)
 
     def on_peer_down(self, peer: str) -> None:
@@ -222,6 +227,7 @@ class HandoffSender:
 
     def tick(self, elapsed_s: float) -> None:
         """So much time has passed: renew, repeat, and leave those who are silent."""
+        self.links.pass_time(elapsed_s)
         if self._transfers.is_idle and self._watches.is_empty:
             return
         opened = self._transfers.opened
@@ -286,6 +292,13 @@ class HandoffSender:
             message = KvReady(self._name, transfer.request_id, transfer.attempt, num_blocks, outgoing.choices)
         self._send(transfer.peer, message)
 
+    def _try_again_later(self, transfer: Transfer) -> None:
+        """The error may pass: the same peer once more, if no other has room."""
+        outgoing = self._outgoing[transfer.request_id]
+        if not outgoing.has_retried:
+            outgoing.has_retried = True
+            outgoing.candidates.append(transfer.peer)
+
     def _leave(self, transfer: Transfer) -> None:
         self._transfers.close(transfer)
         self._reserve_next(self._outgoing[transfer.request_id])
@@ -294,7 +307,7 @@ class HandoffSender:
         outgoing.transfer = None
         while outgoing.candidates:
             peer = outgoing.candidates.pop(0)
-            if self.links.is_up(peer) and not self._watches.is_silent(peer):
+            if self.links.is_good(peer) and not self._watches.is_silent(peer):
                 outgoing.transfer = self._transfers.begin(outgoing.sequence.request.request_id, peer)
                 self._ask(outgoing.transfer)
                 return

@@ -82,6 +82,11 @@ class LiveRequest:
         for choice in self.choices:
             choice.restart()
 
+    def claim(self, now_s: float) -> None:
+        """It was accepted, and may run still: the controller is to say so."""
+        self.is_answered, self.is_claim = False, True
+        self.recovery.waits(now_s)
+
     def submit(self, frontend: str, controller: str) -> Submit:
         """The choices that run on, each with what is out of it; all of them, if nothing is."""
         choices = dict(enumerate(self.choices))
@@ -256,12 +261,16 @@ class Frontend:
 
     def _look_after(self, live: LiveRequest) -> None:
         """At every beat: submit it again until it is answered; give an attempt up of which something was lost."""
+        now_s = self.now_s()
+        if live.is_answered and live.recovery.is_broken(any(choice.has_gap for choice in live.choices), now_s):
+            self._resume(live)
+            return
+        if live.is_answered and live.recovery.is_silent(now_s):
+            live.claim(now_s)
         if live.is_answered:
-            if live.recovery.is_broken(any(choice.has_gap for choice in live.choices), self.now_s()):
-                self._resume(live)
             return
         try:
-            live.recovery.check_patience(self.now_s())
+            live.recovery.check_patience(now_s)
         except RequestError as error:
             self._give_up(live, error)
         else:
@@ -310,6 +319,7 @@ class Frontend:
             case Accepted(request_id=request_id):
                 if (live := self._live.get(request_id)) is not None:
                     live.is_answered, live.is_claim = True, False
+                    live.recovery.heard(self.now_s())
                     live.timeline.accepted(self.now_s())
             case Rejected():
                 self._on_rejected(message)
@@ -340,7 +350,7 @@ class Frontend:
     def _claim_all(self) -> None:
         """The controller was started again and knows of no request: these may still run."""
         for live in self._live.values():
-            live.is_answered, live.is_claim = False, True
+            live.claim(self.now_s())
             self._submit(live)
 
     def _on_rejected(self, message: Rejected) -> None:
@@ -395,6 +405,7 @@ class Frontend:
     def _on_output(self, live: LiveRequest, output: Output, now_s: float) -> None:
         if output.choice >= len(live.choices):
             return
+        live.recovery.heard(now_s)
         choice = live.choices[output.choice]
         began_s = self.now_s()
         delta = choice.accept(output)

@@ -7,6 +7,7 @@ from flowkv.types import attempt_id
 
 MAX_FRUITLESS = 5  # attempts in a row that brought no token: the request itself may be what kills instances
 PATIENCE_S = 60.0  # for an instance to take it, after one was lost
+_SILENCE_S = 10.0  # after which the controller is asked whether it still runs
 _GAP_S = 3.0  # messages of two instances may come in any order, but not that far apart
 
 
@@ -17,8 +18,21 @@ class Recovery:
     resumes: str | None = None  # the attempt that was lost last
     _num_tokens: int = 0  # that were out when it was
     _num_fruitless: int = 0
-    _waits_since_s: float = 0.0
+    _waits_since_s: float | None = None
     _gap_since_s: float | None = None
+    _heard_s: float = 0.0
+
+    def heard(self, now_s: float) -> None:
+        """Something has come of it."""
+        self._heard_s = now_s
+        self._waits_since_s = None
+
+    def waits(self, now_s: float) -> None:
+        """It was accepted once, and nobody is known to run it."""
+        self._waits_since_s = now_s
+
+    def is_silent(self, now_s: float) -> bool:
+        return now_s - self._heard_s >= _SILENCE_S
 
     def lose(self, num_tokens: int, now_s: float) -> str:
         """An attempt is lost, with so many tokens out; the id of the next. RequestError (500) after many in vain."""
@@ -28,12 +42,13 @@ class Recovery:
             raise RequestError(reason, status=500, code="instance_failed")
         self.resumes = attempt_id(self.request_id, self.num_attempts)
         self.num_attempts += 1
-        self._num_tokens, self._waits_since_s, self._gap_since_s = num_tokens, now_s, None
+        self._num_tokens, self._gap_since_s = num_tokens, None
+        self.waits(now_s)
         return attempt_id(self.request_id, self.num_attempts)
 
     def check_patience(self, now_s: float) -> None:
-        """While nobody takes the next attempt. RequestError (503) after too long."""
-        if self.num_attempts and now_s - self._waits_since_s >= PATIENCE_S:
+        """While nobody is known to run it. RequestError (503) after too long."""
+        if self._waits_since_s is not None and now_s - self._waits_since_s >= PATIENCE_S:
             reason = f"the instance that held this request failed, and no other took it within {PATIENCE_S:.0f} s"
             raise RequestError(reason, status=503, code="unavailable")
 

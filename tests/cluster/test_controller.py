@@ -7,6 +7,7 @@ from flowkv.messages import (
     ClusterStatus,
     InstanceExited,
     Lost,
+    Message,
     PeerDown,
     PeerInfo,
     PeerUp,
@@ -267,3 +268,37 @@ def test_a_newcomer_does_not_wait_for_a_link_to_a_stalled_instance() -> None:
     rig.come("decode-9", Role.DECODE)
     rig.links_up("prefill-0", "decode-9")
     assert ("decode-9", Registered()) in rig.links_up("decode-9", "prefill-0")
+
+
+def test_a_dispatch_that_has_not_come_to_an_instance_that_lives_is_lost() -> None:
+    rig = Rig(Role.MIXED)
+    rig.dispatch("came")
+    rig.report("mixed-0")
+    _, dispatch = rig.dispatch("broken")
+    out: list[tuple[str, Message]] = []
+    for _ in range(10):
+        rig.now_s += 1.0
+        assert not [m for _, m in out if isinstance(m, Lost)]
+        out += rig.report("mixed-0", sequence=dispatch.sequence - 1)
+        if out[-1:] and any(isinstance(m, Lost) for _, m in out):
+            break
+    assert [m for _, m in out if isinstance(m, Lost)] == [Lost("broken")]
+    assert rig.now_s > 5.0 and rig.controller.num_assignments == 1
+
+
+def test_the_report_at_the_end_of_a_long_step_does_not_know_what_came_during_it() -> None:
+    rig = Rig(Role.MIXED)
+    _, dispatch = rig.dispatch("r")
+    rig.now_s += 60.0
+    assert not [m for _, m in rig.report("mixed-0", sequence=dispatch.sequence - 1) if isinstance(m, Lost)]
+    rig.now_s += 60.0
+    assert not [m for _, m in rig.report("mixed-0") if isinstance(m, Lost)]
+
+
+def test_a_claim_of_what_runs_is_accepted_and_of_what_has_ended_is_lost() -> None:
+    rig = Rig(Role.MIXED)
+    rig.submit("r")
+    request = Request(request_id="r", prompt_ids=range(20), sampling=SamplingParams(max_tokens=10))
+    assert rig.take(Submit("f", request, is_claim=True)) == [("f", Accepted("r"))]
+    rig.take(rig.finished("mixed-0", "r"))
+    assert rig.take(Submit("f", request, is_claim=True)) == [("f", Lost("r"))]

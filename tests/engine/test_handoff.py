@@ -676,3 +676,27 @@ def test_a_dropped_choice_is_not_taken_over() -> None:
     d.receiver.on_arrived(Arrived(reserved.immediate, 3))
     d.receiver.on_ready(KvReady("p", "r", 1, 3, {0: [9], 1: [8]}))
     assert d.adopted[0].choices == {0: [9]}
+
+
+def test_a_write_that_fails_is_tried_once_more_with_the_same_peer_and_then_decoded_here() -> None:
+    p = P(["d0"])
+    p.sender.on_reserved(Reserved("d0", "r", 1, 77, [0, 1, 2]))
+    p.compute(4)
+    p.written(p.writes[0], "the link broke")
+    assert ("d0", CancelAck("p", "r", 1)) in p.sent
+    again = p.sent[-1][1]
+    assert isinstance(again, Reserve) and again.attempt == 2
+    p.sender.on_reserved(Reserved("d0", "r", 2, 78, [3, 4, 5]))
+    assert p.writes[1].runs == [Run(4, 3, 1)]
+    p.written(p.writes[1], "the link broke")
+    assert p.finish() and p.decoded_here == [{0: [9]}]
+
+
+def test_others_are_asked_before_the_one_to_which_a_write_failed() -> None:
+    p = P(["d0", "d1"])
+    p.sender.on_reserved(Reserved("d0", "r", 1, 77, [0, 1, 2]))
+    p.compute(4)
+    p.written(p.writes[0], "the link broke")
+    assert p.sent[-1][0] == "d1"
+    p.sender.on_refused(Refused("d1", "r", 2))
+    assert p.sent[-1][0] == "d0" and isinstance(p.sent[-1][1], Reserve)
