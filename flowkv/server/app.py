@@ -8,6 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from flowkv import __version__
 from flowkv.config import ServerConfig
 from flowkv.errors import RequestError
 from flowkv.server import unsupported
@@ -16,6 +17,7 @@ from flowkv.server.completions_api import CompletionsApi
 from flowkv.server.dashboard import Dashboard
 from flowkv.server.endpoint import Endpoint
 from flowkv.server.frontend import Frontend
+from flowkv.server.openapi import OpenApi
 from flowkv.server.requests_api import RequestsApi
 from flowkv.server.response import error_body, retry_headers
 from flowkv.server.responses_api import ResponsesApi
@@ -36,6 +38,7 @@ def create_app(frontend: Frontend, model_name: str, config: ServerConfig) -> Sta
         *Dashboard(service).endpoints(),
         *RequestsApi(frontend).endpoints(),
     ]
+    endpoints.append(OpenApi(endpoints, __version__).endpoint)
     routes = [
         *(endpoint.route() for endpoint in endpoints),
         *unsupported.routes(),

@@ -3,11 +3,11 @@
 from starlette.requests import Request
 
 from flowkv.server.chat_body import ChatBody, decode_chat
-from flowkv.server.chat_format import ChatFormat
+from flowkv.server.chat_format import ChatChoice, ChatFormat
 from flowkv.server.chat_prompt import chat_prompt
-from flowkv.server.endpoint import Endpoint
+from flowkv.server.endpoint import GENERATION_ERRORS, Endpoint
 from flowkv.server.generation import GenerationResponse
-from flowkv.server.response import StreamUsage
+from flowkv.server.response import Envelope, StreamUsage
 from flowkv.server.text_service import TextService
 
 
@@ -20,6 +20,7 @@ class ChatApi:
             Endpoint(
                 path="/v1/chat/completions", method="POST", handler=self.chat, body=ChatBody,
                 summary="Answer a conversation, through the model's own chat template", is_streamed=True,
+                answer=Envelope[ChatChoice], errors=GENERATION_ERRORS,
             )
         ]  # fmt: skip
 

@@ -4,11 +4,11 @@ from starlette.requests import Request
 
 from flowkv.errors import RequestError
 from flowkv.server.completion_body import CompletionBody, decode_completion
-from flowkv.server.completion_format import CompletionFormat, Prompt
-from flowkv.server.endpoint import Endpoint
+from flowkv.server.completion_format import CompletionChoice, CompletionFormat, Prompt
+from flowkv.server.endpoint import GENERATION_ERRORS, Endpoint
 from flowkv.server.generation import GenerationResponse
 from flowkv.server.protocol import MAX_CHOICES
-from flowkv.server.response import StreamUsage
+from flowkv.server.response import Envelope, StreamUsage
 from flowkv.server.text_service import TextService
 
 
@@ -21,6 +21,7 @@ class CompletionsApi:
             Endpoint(
                 path="/v1/completions", method="POST", handler=self.complete, body=CompletionBody,
                 summary="Continue prompts given as text or token ids", is_streamed=True,
+                answer=Envelope[CompletionChoice], errors=GENERATION_ERRORS,
             )
         ]  # fmt: skip
 

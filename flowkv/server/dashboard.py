@@ -75,11 +75,11 @@ class Dashboard:
             ),
             Endpoint(
                 path="/dashboard/data", handler=self.data, answer=DashboardData, summary="What that page shows",
-                errors=(400,),
+                errors=(400,), query=("since",),
             ),
             Endpoint(
                 path="/dashboard/{name}", handler=self.file, summary="A file of that page", errors=(404,),
-                media_type="text/javascript",
+                media_type="*/*",
             ),
         ]  # fmt: skip
 

@@ -10,6 +10,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+BODY_ERRORS = (400, 404, 408, 413, 429, 503)  # of routes that take a body: the model, its size, limits, the cluster
+GENERATION_ERRORS = (*BODY_ERRORS, 500)
+
 Handler = Callable[[Request], Awaitable[ASGIApp]]
 
 
@@ -23,7 +26,9 @@ class Endpoint:
     method: str = "GET"
     body: type[msgspec.Struct] | None = None
     answer: Any = None
-    errors: tuple[int, ...] = ()
+    others: tuple[tuple[int, Any], ...] = ()  # other statuses with answers that are no errors
+    errors: tuple[int, ...] = ()  # besides those that any route may answer with
+    query: tuple[str, ...] = ()  # names of numbers that may stand behind a `?`
     is_streamed: bool = False  # server-sent events, where the body asks for it
     media_type: str = "application/json"
 

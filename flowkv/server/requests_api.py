@@ -32,11 +32,11 @@ class RequestsApi:
     def endpoints(self) -> list[Endpoint]:
         return [
             Endpoint(
-                path="/requests", handler=self.requests, answer=RequestsView, errors=(400,),
+                path="/requests", handler=self.requests, answer=RequestsView, errors=(400,), query=("limit",),
                 summary="Timelines of requests: running, last, slowest",
             ),
             Endpoint(
-                path="/debug/trace", handler=self.trace, errors=(400,),
+                path="/debug/trace", handler=self.trace, errors=(400,), query=("limit",),
                 summary="The last requests as a Chrome trace, for ui.perfetto.dev",
             ),
         ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -14,6 +14,8 @@ from flowkv.types import FinishReason, TokenLogprobs
 DONE = b"data: [DONE]\n\n"
 
 _encoder = msgspec.json.Encoder()
+
+ChoiceT = TypeVar("ChoiceT")
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -31,16 +33,30 @@ class Usage(msgspec.Struct):
         self.total_tokens = self.prompt_tokens + self.completion_tokens
 
 
-class Envelope(msgspec.Struct):
+class Envelope(msgspec.Struct, Generic[ChoiceT]):
     """`usage` is left out of a stream's chunks unless the client asked for it, and then null in all but the last."""
 
     id: str
     object: str
     created: int
     model: str
-    choices: list[Any]
+    choices: list[ChoiceT]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+
+
+ErrorKind = Literal["invalid_request_error", "rate_limit_error", "server_error"]
+
+
+class ErrorFields(msgspec.Struct):
+    message: str
+    type: ErrorKind
+    param: str | None  # the field of the body
+    code: str | None  # a reason for programs
+
+
+class ErrorAnswer(msgspec.Struct):
+    error: ErrorFields
 
 
 @dataclass(slots=True)
@@ -89,7 +105,7 @@ class Head:
     created: int
     model: str
 
-    def envelope(self, kind: str, choices: list[Any], usage: Usage | msgspec.UnsetType | None) -> Envelope:
+    def envelope(self, kind: str, choices: list[ChoiceT], usage: Usage | msgspec.UnsetType | None) -> Envelope[ChoiceT]:
         return Envelope(self.response_id, kind, self.created, self.model, choices, usage)
 
 
@@ -128,7 +144,7 @@ class ChunkFormat:
             return DONE
         return event(self._head.envelope(self.chunk_kind, [], usage)) + DONE
 
-    def _chunk(self, choice: Any, usage: Usage) -> Envelope:
+    def _chunk(self, choice: ChoiceT, usage: Usage) -> Envelope[ChoiceT]:
         return self._head.envelope(self.chunk_kind, [choice], self._stream_usage.of_chunk(usage))
 
 
@@ -140,12 +156,11 @@ def encode(value: Any) -> bytes:
     return _encoder.encode(value)
 
 
-def error_fields(error: RequestError) -> dict[str, Any]:
-    """`{"error": {"message", "type", "param", "code"}}`"""
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
+def error_fields(error: RequestError) -> ErrorAnswer:
+    kind: ErrorKind = "invalid_request_error" if error.status < 500 else "server_error"
     if error.status == 429:
         kind = "rate_limit_error"
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+    return ErrorAnswer(ErrorFields(error.message, kind, error.param, error.code))
 
 
 def error_body(error: RequestError) -> bytes:

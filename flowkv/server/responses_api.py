@@ -3,10 +3,10 @@
 from starlette.requests import Request
 
 from flowkv.server.chat_prompt import chat_prompt
-from flowkv.server.endpoint import Endpoint
+from flowkv.server.endpoint import GENERATION_ERRORS, Endpoint
 from flowkv.server.generation import GenerationResponse
 from flowkv.server.responses_body import ResponsesBody, decode_responses
-from flowkv.server.responses_format import ResponsesFormat
+from flowkv.server.responses_format import ResponseObject, ResponsesFormat
 from flowkv.server.text_service import TextService
 
 
@@ -19,6 +19,7 @@ class ResponsesApi:
             Endpoint(
                 path="/v1/responses", method="POST", handler=self.respond, body=ResponsesBody,
                 summary="Answer in OpenAI's newer form", is_streamed=True,
+                answer=ResponseObject, errors=GENERATION_ERRORS,
             )
         ]  # fmt: skip
 

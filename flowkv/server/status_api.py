@@ -61,7 +61,8 @@ class StatusApi:
             ),
             Endpoint(path="/health", handler=self.health, answer=Health, summary="This process lives"),
             Endpoint(
-                path="/ready", handler=self.ready, answer=Health, summary="Requests can be answered", errors=(503,)
+                path="/ready", handler=self.ready, answer=Health, summary="Requests can be answered",
+                others=((503, Health),),
             ),
             Endpoint(
                 path="/metrics", handler=self.metrics, summary="Prometheus metrics",

@@ -11,7 +11,7 @@ from flowkv.errors import RequestError
 from flowkv.server.chat_body import check_messages, check_template_use
 from flowkv.server.chat_message import ChatMessage
 from flowkv.server.chat_template import Conversation
-from flowkv.server.endpoint import Endpoint, json_response
+from flowkv.server.endpoint import BODY_ERRORS, Endpoint, json_response
 from flowkv.server.protocol import decode
 from flowkv.server.text_service import TextService
 from flowkv.server.tool_body import Tools
@@ -59,11 +59,11 @@ class TokensApi:
         return [
             Endpoint(
                 path="/tokenize", method="POST", handler=self.tokenize, body=TokenizeBody, answer=Tokenized,
-                summary="Token ids of a prompt or a conversation",
+                summary="Token ids of a prompt or a conversation", errors=BODY_ERRORS,
             ),
             Endpoint(
                 path="/detokenize", method="POST", handler=self.detokenize, body=DetokenizeBody, answer=Detokenized,
-                summary="Text of token ids, special tokens included",
+                summary="Text of token ids, special tokens included", errors=BODY_ERRORS,
             ),
         ]  # fmt: skip
 

@@ -1,0 +1,115 @@
+"""`GET /openapi.json`: what the endpoints say of themselves, in OpenAPI 3.1. Nothing in it is written by hand twice."""
+
+import re
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from flowkv.server.endpoint import Endpoint, json_response
+from flowkv.server.response import ErrorAnswer
+
+ANYWHERE = (401, 403)  # the gate answers before any route does
+REASONS = {
+    400: "The request is not one that can be answered; `param` names the field",
+    401: "No key, or one that is not known",
+    403: "A host or an origin that may not call, or a page that is shut",
+    404: "No such model, or no such thing",
+    408: "The client was too slow to send its body, or to read",
+    413: "The body is too large",
+    429: "Too much is asked for; try again after `Retry-After`",
+    500: "The request failed",
+    503: "Not now; try again after `Retry-After`",
+}
+_PARAMETER = re.compile(r"{(\w+)(:\w+)?}")
+_REQUEST_ID = {"schema": {"type": "string"}, "description": "The client's own, or one that was made"}
+_RETRY_AFTER = {"schema": {"type": "integer", "minimum": 1}, "description": "Seconds"}
+
+
+class OpenApi:
+    """The document of these endpoints, and the endpoint that shows it, which is among them."""
+
+    def __init__(self, endpoints: list[Endpoint], version: str) -> None:
+        self.endpoint = Endpoint(
+            path="/openapi.json", handler=self.show, answer=dict[str, Any], summary="This document"
+        )  # fmt: skip
+        self._document = document([*endpoints, self.endpoint], version)
+
+    async def show(self, request: Request) -> Response:
+        return json_response(self._document)
+
+
+def document(endpoints: list[Endpoint], version: str) -> dict[str, Any]:
+    types = [ErrorAnswer, *_types(endpoints)]
+    schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    schema_of = dict(zip(map(repr, types), schemas, strict=True))
+    paths: dict[str, dict[str, Any]] = {}
+    for endpoint in endpoints:
+        operations = paths.setdefault(_PARAMETER.sub(r"{\1}", endpoint.path), {})
+        operations[endpoint.method.lower()] = _operation(endpoint, schema_of)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "FlowKV", "version": version, "license": {"name": "Apache-2.0"}},
+        "paths": paths,
+        "components": {"schemas": components, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "security": [{}, {"key": []}],
+    }
+
+
+def _types(endpoints: list[Endpoint]) -> list[Any]:
+    found = [
+        one
+        for endpoint in endpoints
+        for one in (endpoint.body, endpoint.answer, *(answer for _, answer in endpoint.others))
+        if one is not None
+    ]
+    return list({repr(one): one for one in found}.values())
+
+
+def _operation(endpoint: Endpoint, schema_of: dict[str, Any]) -> dict[str, Any]:
+    words = _PARAMETER.sub(r"\1", f"{endpoint.method.lower()}{endpoint.path}")
+    operation: dict[str, Any] = {
+        "operationId": re.sub(r"\W+", "_", words),
+        "summary": endpoint.summary,
+        "parameters": _parameters(endpoint),
+        "responses": {"200": _answer(endpoint, schema_of)},
+    }
+    if endpoint.body is not None:
+        content = {"application/json": {"schema": schema_of[repr(endpoint.body)]}}
+        operation["requestBody"] = {"required": True, "content": content}
+    for status, answer in endpoint.others:
+        operation["responses"][str(status)] = {
+            "description": REASONS[status],
+            "headers": {"X-Request-Id": _REQUEST_ID},
+            "content": {"application/json": {"schema": schema_of[repr(answer)]}},
+        }
+    for status in sorted({*endpoint.errors, *ANYWHERE}):
+        operation["responses"][str(status)] = _error(status, schema_of)
+    return operation
+
+
+def _parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
+    in_path = [
+        {"name": match[1], "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        for match in _PARAMETER.finditer(endpoint.path)
+    ]
+    schema = {"type": "integer", "minimum": 0, "maximum": 10**9 - 1}
+    return in_path + [{"name": name, "in": "query", "schema": schema} for name in endpoint.query]
+
+
+def _answer(endpoint: Endpoint, schema_of: dict[str, Any]) -> dict[str, Any]:
+    media_type = endpoint.media_type.partition(";")[0]
+    schema = {} if endpoint.answer is None else schema_of[repr(endpoint.answer)]
+    content = {media_type: {"schema": schema if media_type == "application/json" else {"type": "string"}}}
+    if endpoint.is_streamed:
+        content["text/event-stream"] = {"schema": {"type": "string", "description": "Where `stream` is true"}}
+    return {"description": endpoint.summary, "headers": {"X-Request-Id": _REQUEST_ID}, "content": content}
+
+
+def _error(status: int, schema_of: dict[str, Any]) -> dict[str, Any]:
+    headers: dict[str, Any] = {"X-Request-Id": _REQUEST_ID}
+    if status in (429, 503):
+        headers["Retry-After"] = _RETRY_AFTER
+    content = {"application/json": {"schema": schema_of[repr(ErrorAnswer)]}}
+    return {"description": REASONS[status], "headers": headers, "content": content}
