@@ -128,6 +128,11 @@ class InstanceView:
         return self.is_in_service and not self.liveness.is_stalled and not self.is_draining
 
     @property
+    def usable_tokens(self) -> float:
+        """KV slots that may be promised."""
+        return _POOL_FRACTION * self.pool_tokens
+
+    @property
     def queued_tokens(self) -> int:
         """All prompt tokens to be computed."""
         return self.queue.num_tokens + self.deferred.num_tokens
@@ -271,7 +276,7 @@ class InstanceView:
         c = self.cost.coefficients()
         per_choice_s = c.d1 + c.d2 * mean_tokens
         by_time = (target_s - c.d0) / per_choice_s if per_choice_s > 0 else math.inf
-        by_room = _POOL_FRACTION * self.pool_tokens / max(1.0, mean_tokens)
+        by_room = self.usable_tokens / max(1.0, mean_tokens)
         return max(1.0, min(by_time, by_room, self.max_choices))
 
     def row(self) -> tuple[float, ...]:
@@ -286,7 +291,7 @@ class InstanceView:
             self.wanted_role is Role.DECODE,
             self.pool_tokens,
             self.max_choices,
-            _POOL_FRACTION * self.pool_tokens - self.home_tokens,
+            self.usable_tokens - self.home_tokens,
             error * (self.queue.num_tokens * chunks.token_s + self.queue.num_pairs * c.p2) + 0.5 * step_s,
             error * (self.deferred.num_tokens * chunks.token_s + self.deferred.num_pairs * c.p2),
             error * chunks.token_s,

@@ -182,6 +182,25 @@ def test_with_admission_a_request_is_served_in_time_or_refused_and_never_put_beh
     assert answers == sorted(answers, reverse=True)
 
 
+def test_with_admission_waiting_for_a_place_to_decode_counts_as_much_as_prompts_do() -> None:
+    """64 choices run at once, and each for seconds: an idle prefill does not help who comes next."""
+    rig = admitting(M)
+    for i in range(64):
+        assert dispatches(rig.submit(f"r{i}", 1, max_tokens=2000))
+        rig.report("mixed-0", num_decoding=i + 1)
+    is_in = [bool(dispatches(rig.submit(f"s{i}", 1, max_tokens=2000))) for i in range(20)]
+    assert is_in == sorted(is_in, reverse=True) and 1 <= sum(is_in) <= 10  # for these a place will be free in time
+    rig.report("mixed-0", finished=[(f"r{i}", 2000) for i in range(64)])
+    assert dispatches(rig.submit("now there is room", 1, max_tokens=2000))
+
+
+def test_with_admission_so_does_waiting_for_room_in_the_pool() -> None:
+    rig = Rig(M, num_blocks=100, max_choices=64, slo=SloConfig(ttft_s=1.0, admission=True))  # 1,600 slots
+    rig.teach("mixed-0", token_s=1e-5)
+    answers = [bool(dispatches(rig.submit(f"r{i}", 100, max_tokens=200))) for i in range(30)]
+    assert answers == sorted(answers, reverse=True) and 5 <= sum(answers) <= 15
+
+
 def test_nobody_is_refused_while_one_instance_is_free() -> None:
     rig = admitting(M, M)
     rig.report("mixed-0", waiting_tokens=8000)
