@@ -61,7 +61,12 @@ class Answer:
     text: str = ""
     finish_reason: str | None = None
     error: str | None = None
-    is_refused: bool = False  # HTTP 429
+    status: int = 0  # of HTTP; 0 where no answer came
+    retry_after: str | None = None
+
+    @property
+    def is_refused(self) -> bool:
+        return self.status == _REFUSED
 
     @property
     def itl_s(self) -> list[float]:
@@ -156,6 +161,13 @@ class _Exchange(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._finish("the server closed the connection in the middle of the answer")
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"retry-after":
+            self._answer.retry_after = value.decode()
+
+    def on_headers_complete(self) -> None:
+        self._answer.status = self._parser.get_status_code()
+
     def on_body(self, body: bytes) -> None:
         self._rest += body
         if self._parser.get_status_code() == 200:
@@ -166,7 +178,6 @@ class _Exchange(asyncio.Protocol):
     def on_message_complete(self) -> None:
         status = self._parser.get_status_code()
         if status != 200:
-            self._answer.is_refused = status == _REFUSED
             self._finish(f"HTTP {status}: {_error_message(self._rest)}")
         else:
             self._finish(None if self._complete else "the stream ended without [DONE]")

@@ -71,6 +71,11 @@ class ServerProcess:
             raise
         return self.url
 
+    @property
+    def pid(self) -> int:
+        """Of the launcher, once it has been started."""
+        return self._process.pid
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
