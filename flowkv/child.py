@@ -1,6 +1,5 @@
 """What every process of a cluster does first, whatever it is."""
 
-import logging
 import multiprocessing
 import os
 import shutil
@@ -13,13 +12,22 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from flowkv.config import LoggingConfig
+from flowkv.logs import set_up_logging
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what asks the launcher to stop
 
 _AFTER_FINALIZER_S = 0.001
 _LAST_S = 10.0  # to end in order, after the launcher's end
 
 
-def child_main(name: str, orphaned_folders: list[str], target: Callable[..., object], args: tuple[Any, ...]) -> None:
+def child_main(
+    name: str,
+    orphaned_folders: list[str],
+    target: Callable[..., object],
+    args: tuple[Any, ...],
+    logging: LoggingConfig | None = None,
+) -> None:
     """Run `target` as a process that `ps` and `top` call `name`, and end with the launcher if not before.
 
     A result other than 0 or None says that `target` could not start and has sent `StartFailed`. The process then waits
@@ -34,7 +42,7 @@ def child_main(name: str, orphaned_folders: list[str], target: Callable[..., obj
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the launcher had blocked them for this moment
     Path("/proc/self/comm").write_text(name)  # the kernel keeps 15 characters of it
     _die_with_launcher(is_at_once=not orphaned_folders)
-    logging.basicConfig(level=logging.WARNING, format="flowkv: %(message)s", stream=sys.stderr)
+    set_up_logging(logging or LoggingConfig(), name)
     try:
         status = target(*args)
     finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flowkv import __version__
-from flowkv.config import DTYPES, ROLE_POLICIES, ClusterConfig, load_config
+from flowkv.config import DTYPES, LOG_FORMATS, LOG_LEVELS, ROLE_POLICIES, ClusterConfig, LoggingConfig, load_config
 from flowkv.errors import FlowKVError
 from flowkv.profile.command import add_profile
 from flowkv.sim.command import add_simulate
@@ -32,15 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(args: argparse.Namespace) -> None:
     config = load_config(args.config, _overrides(args), args.set)
-    from flowkv.display import TerminalDisplay  # what --help does not need
+    from flowkv.display import open_display  # what --help does not need
     from flowkv.launch.serve import serve
 
-    with TerminalDisplay() as display:
+    with open_display(config.logging) as display:
         serve(config, display)
 
 
 def _join(args: argparse.Namespace) -> None:
-    from flowkv.display import TerminalDisplay
+    from flowkv.display import open_display
     from flowkv.launch.join import JoinOptions, join
 
     options = JoinOptions(
@@ -52,7 +52,9 @@ def _join(args: argparse.Namespace) -> None:
         cluster_key_file=args.cluster_key_file,
         overrides=_overrides(args),
     )
-    with TerminalDisplay() as display:
+    given = {"level": args.log_level, "format": args.log_format}
+    logging = LoggingConfig(**{name: value for name, value in given.items() if value is not None})
+    with open_display(logging) as display:
         join(options, display)
 
 
@@ -98,6 +100,7 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
         "cluster_key_file": "network.cluster_key_file", "api_key_file": "server.api_key_file",
         "admin_key_file": "server.admin_key_file", "admin_port": "server.admin_port", "insecure": "server.insecure",
         "tls_cert_file": "server.tls_cert_file", "tls_key_file": "server.tls_key_file",
+        "log_level": "logging.level", "log_format": "logging.format", "otlp_endpoint": "tracing.otlp_endpoint",
     }  # fmt: skip
     given = {key: getattr(args, option, None) for option, key in keys.items()}
     return {key: str(value) if isinstance(value, Path) else value for key, value in given.items() if value is not None}
@@ -139,9 +142,18 @@ def _add_join(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "--address", metavar="HOST", help="of this node, for the others (default: that of the route to the controller)"
     )
     _add_key_file(join)
+    _add_logging(join, ClusterConfig().logging)
     engine = join.add_argument_group("instances")
     engine.add_argument("--kv-memory", metavar="SIZE", help="KV pool of one instance (default: as in the cluster)")
     engine.add_argument("--threads", type=int, metavar="N", help="threads of one instance (default: as in the cluster)")
+
+
+def _add_logging(parser: argparse.ArgumentParser, defaults: LoggingConfig) -> None:
+    logs = parser.add_argument_group("logs")
+    logs.add_argument("--log-level", choices=LOG_LEVELS, help=f"of all processes (default: {defaults.level})")
+    logs.add_argument(
+        "--log-format", choices=LOG_FORMATS, help=f"lines for people or for programs (default: {defaults.format})"
+    )
 
 
 def _add_top(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -253,6 +265,10 @@ def _add_cluster(serve: argparse.ArgumentParser) -> None:
     )
     _add_access(serve)
     _add_scheduling(serve)
+    _add_logging(serve, defaults.logging)
+    serve.add_argument_group("traces").add_argument(
+        "--otlp-endpoint", metavar="URL", help="of an OpenTelemetry collector that gets each request's spans"
+    )
     network = serve.add_argument_group("several nodes")
     network.add_argument(
         "--listen", metavar="HOST[:PORT]", help="address of this node where others may join (default port: 8100)"

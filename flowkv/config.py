@@ -18,6 +18,8 @@ TOOL_PARSERS = (
 )  # fmt: skip
 ROLE_POLICIES = ("flexible", "fixed")
 POLICIES = ("predicted_latency", "least_loaded")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
 DEFAULT_LISTEN_PORT = 8100
 MAX_LOCAL_INSTANCES = 4096  # far above what a node can run: a misprint must not take the memory
 _STEP_FRACTION = 0.95
@@ -227,6 +229,19 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError("limits.slow_reader_bytes is at least 65536")
 
 
+class LoggingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What each process of the cluster says on stderr; at "info" also a line for each request that ends."""
+
+    level: str = "warning"
+    format: str = "text"  # or "json", an object a line
+
+    def __post_init__(self) -> None:
+        if self.level not in LOG_LEVELS:
+            raise ValueError(f"logging.level is one of {', '.join(LOG_LEVELS)}, not {self.level!r}")
+        if self.format not in LOG_FORMATS:
+            raise ValueError(f"logging.format is one of {', '.join(LOG_FORMATS)}, not {self.format!r}")
+
+
 class TracingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is kept of requests that have ended, for `/requests` and `/trace`, and where their spans are sent."""
 
@@ -288,6 +303,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     transfer: TransferConfig = msgspec.field(default_factory=TransferConfig)
     network: NetworkConfig = msgspec.field(default_factory=NetworkConfig)
     restart: RestartConfig = msgspec.field(default_factory=RestartConfig)
+    logging: LoggingConfig = msgspec.field(default_factory=LoggingConfig)
     tracing: TracingConfig = msgspec.field(default_factory=TracingConfig)
     slo: SloConfig = msgspec.field(default_factory=SloConfig)
     scheduling: SchedulingConfig = msgspec.field(default_factory=SchedulingConfig)

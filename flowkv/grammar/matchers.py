@@ -67,7 +67,7 @@ class Matchers:
                 return self._compile(grammar).first
             return _next(self._place(grammar, (request.request_id, choice), output_ids).matcher)
         except GrammarError as error:
-            _logger.warning("request %s: its grammar: %s", request.request_id, error)
+            _logger.warning("its grammar: %s", error, extra={"request_id": request.request_id})
             return NOTHING
 
     def _place(self, grammar: Grammar, key: tuple[str, int], output_ids: list[int]) -> _Place:

@@ -14,6 +14,7 @@ from typing import Any
 import zmq
 
 from flowkv.child import STOP_SIGNALS, child_main
+from flowkv.config import LoggingConfig
 
 _STOP_TIMEOUT_S = 10.0
 _EXIT_CODE_TIMEOUT_S = 1.0  # for the fork server to say how its child ended
@@ -54,13 +55,14 @@ class Children:
     def __init__(self, poller: zmq.Poller) -> None:
         self._poller = poller
         self._children: dict[str, Child] = {}
+        self.logging = LoggingConfig()  # of those that are started from now on
 
     def start(
         self, name: str, context: Any, target: Callable[..., object], *args: Any, orphaned_folders: tuple[str, ...] = ()
     ) -> Child:
         """Run `target(*args)` in a process of `context` (of multiprocessing), under `child_main`."""
         process = context.Process(
-            target=child_main, args=(name, list(orphaned_folders), target, args), name=f"flowkv {name}"
+            target=child_main, args=(name, list(orphaned_folders), target, args, self.logging), name=f"flowkv {name}"
         )  # fmt: skip
         # A signal to the whole group must not find a process that does not know yet what to do with it.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)

@@ -1,5 +1,6 @@
 """The HTTP side: OpenAI's routes and those that operators look at, as a Starlette application."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +19,15 @@ from flowkv.server.dashboard import Dashboard
 from flowkv.server.endpoint import Endpoint
 from flowkv.server.frontend import Frontend
 from flowkv.server.openapi import OpenApi
+from flowkv.server.request_id import request_id_of
 from flowkv.server.requests_api import RequestsApi
 from flowkv.server.response import error_body, retry_headers
 from flowkv.server.responses_api import ResponsesApi
 from flowkv.server.status_api import StatusApi
 from flowkv.server.text_service import TextService
 from flowkv.server.tokens_api import TokensApi
+
+_logger = logging.getLogger(__name__)
 
 
 def create_app(frontend: Frontend, model_name: str, config: ServerConfig) -> Starlette:
@@ -61,7 +65,12 @@ class ErrorAnswers:
         }
 
     async def on_request_error(self, request: Request, error: RequestError) -> Response:
-        self._count_refused(error.status, error.code or "invalid_request")
+        code = error.code or "invalid_request"
+        self._count_refused(error.status, code)
+        _logger.info(
+            "answered %d (%s) to %s %s", error.status, code, request.method, request.url.path,
+            extra={"request_id": request_id_of(request).text, "fields": {"status": error.status, "error": code}},
+        )  # fmt: skip
         return Response(error_body(error), error.status, retry_headers(error), "application/json")
 
     async def on_http_error(self, request: Request, error: HTTPException) -> Response:

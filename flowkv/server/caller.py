@@ -19,6 +19,11 @@ class Caller:
     key: ApiKey = ANYBODY
     quotas: tuple[Quota, ...] = ()
 
+    @property
+    def name(self) -> str | None:
+        """Of the key; None where no key is asked for."""
+        return None if self.key is ANYBODY else self.key.name
+
     def spend(self, num_tokens: int, now_s: float) -> None:
         for quota in self.quotas:
             quota.spend(num_tokens, now_s)

@@ -26,6 +26,7 @@ from flowkv.messages import (
     Submit,
 )
 from flowkv.metrics import FrontendMetrics
+from flowkv.server.access_log import log_ended
 from flowkv.server.caller import Caller, current_caller
 from flowkv.server.choice import Choice, Delta
 from flowkv.server.cluster_view import ClusterView
@@ -116,7 +117,7 @@ class Frontend:
         self.tokenizer = tokenizer
         self.status: ClusterStatus | None = None
         self.metrics = FrontendMetrics(lambda: self.status)
-        self.journal = Journal(num_kept, [self.metrics.count_ended])
+        self.journal = Journal(num_kept, [self.metrics.count_ended, log_ended])
         self.now_s = clock
         self.epoch = secrets.token_hex(8)  # of this process
         self.history = History(clock())
@@ -193,7 +194,7 @@ class Frontend:
         for request in map(caller.ranked, requests):
             choices = [self._choice(number + c, request, options) for c in range(request.sampling.n)]
             number += len(choices)
-            timeline = Timeline(request, time.time() - (now_s - arrival_s), arrival_s, now_s)
+            timeline = Timeline(request, time.time() - (now_s - arrival_s), arrival_s, now_s, caller.name)
             stream.timelines.append(timeline)
             live = LiveRequest(request, stream, choices, caller, arrival_s, timeline, Recovery(request.request_id))
             lives.append(live)
@@ -287,6 +288,7 @@ class Frontend:
         del self._live[old_id]
         self._live[live.request.request_id] = live
         live.timeline.resubmitted(self.now_s())
+        _logger.info("goes on as %s: what held it is gone", live.request.request_id, extra={"request_id": old_id})
         self.metrics.num_recoveries.inc()
         self._submit(live)
 

@@ -55,6 +55,7 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What `/requests` shows. Seconds since arrival; None for what has not happened (yet)."""
 
     request_id: str
+    key: str | None = None  # name of the API key
     arrived_at: float  # Unix time, s
     state: State
     finish_reason: FinishReason | None = None  # of the choice that ended last
@@ -102,11 +103,15 @@ class Timeline:
 
     __slots__ = (
         "_arrival_s", "_arrived_at", "_attempts", "_detokenize_s", "_ended_s", "_error", "_finish_reason",
-        "_first_token_s", "_num_tokens", "_request", "_state", "_status",
+        "_first_token_s", "_key", "_num_tokens", "_request", "_state", "_status",
     )  # fmt: skip
 
-    def __init__(self, request: Request, arrived_at: float, arrival_s: float, submitted_s: float) -> None:
+    def __init__(
+        self, request: Request, arrived_at: float, arrival_s: float, submitted_s: float, key: str | None = None
+    ) -> None:
+        """`key` is the name of the API key that it came with."""
         self._request = request
+        self._key = key
         self._arrived_at = arrived_at
         self._arrival_s = arrival_s
         self._attempts = [_Attempt(submitted_s)]
@@ -179,6 +184,7 @@ class Timeline:
         num_gaps = self._num_tokens // num_choices - 1
         return RequestRecord(
             request_id=self._request.request_id,
+            key=self._key,
             arrived_at=self._arrived_at,
             state=self._state,
             finish_reason=self._finish_reason,
