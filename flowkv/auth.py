@@ -20,15 +20,14 @@ from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
 from flowkv.errors import ConfigError
+from flowkv.throttle import Throttle
 
 KEY_VARIABLE = "FLOWKV_CLUSTER_KEY"
 MIN_KEY_CHARACTERS = 32
 _SALT = b"flowkv cluster key, version 1"
 _ZAP_ADDRESS = "inproc://zeromq.zap.01"  # fixed by ZAP: one a context
 _ZAP_DOMAIN = b"flowkv"
-_REFUSED = (  # without detail: the stranger hung up first
-    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-)
+_WATCHED = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 _WARNING_INTERVAL_S = 60.0
 
 _logger = logging.getLogger(__name__)
@@ -96,8 +95,11 @@ class Doorkeeper:
         self._zap = context.socket(zmq.REP)
         self._zap.linger = 0
         self._zap.bind(_ZAP_ADDRESS)
-        self._monitor = mailbox.get_monitor_socket(_REFUSED)
+        self._monitor = mailbox.get_monitor_socket(_WATCHED)
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+        self.num_refused = 0  # connections; written by the thread alone
+        self._throttle = Throttle(_WARNING_INTERVAL_S)
+        self._handshaking: dict[int, None] = {}  # descriptors of connections, oldest first
         self._thread = threading.Thread(target=self._run, name="flowkv-doorkeeper", daemon=True)
         self._thread.start()
 
@@ -113,15 +115,25 @@ class Doorkeeper:
         poller = zmq.Poller()
         for source in (self._zap, self._monitor, self._stop):
             poller.register(source, zmq.POLLIN)
-        warned_s = -_WARNING_INTERVAL_S
         while self._stop not in (ready := dict(poller.poll())):
             if self._zap in ready:
                 self._answer()
             if self._monitor in ready:
-                recv_monitor_message(self._monitor)
-                if time.monotonic() - warned_s >= _WARNING_INTERVAL_S:
-                    warned_s = time.monotonic()
-                    _logger.warning("turned away a connection that does not hold the cluster's key")
+                event = recv_monitor_message(self._monitor)
+                self._watch(event["event"], event["value"])
+
+    def _watch(self, event: int, descriptor: int) -> None:
+        """Whatever a stranger speaks, his connection ends before it has shaken hands. libzmq does not say which just
+        has; members take a moment: it is taken to be the youngest."""
+        if event == zmq.EVENT_ACCEPTED:
+            self._handshaking[descriptor] = None
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED and self._handshaking:
+            self._handshaking.popitem()
+        elif event == zmq.EVENT_DISCONNECTED and descriptor in self._handshaking:
+            del self._handshaking[descriptor]
+            self.num_refused += 1
+            if (more := self._throttle.note("stranger", time.monotonic())) is not None:
+                _logger.warning("turned away a connection that does not hold the cluster's key%s", more)
 
     def _answer(self) -> None:
         version, request, _domain, _address, _identity, mechanism, *credentials = self._zap.recv_multipart()

@@ -160,6 +160,15 @@ class Join(Message):
     node: str = ""  # the name that an earlier controller of the cluster gave it
 
 
+class TurnedAway(Message):
+    """At the mailbox of a process, since it last said so: connections that do not hold the cluster's key, and messages
+    that make no sense."""
+
+    process: str
+    num_connections: int
+    num_messages: int
+
+
 class NodeBeat(Message):
     """A joined node lives; answered by `ControllerBeat`, by `Introduce` from a controller that is new, or by
     `Dismissed` where it does not belong."""
@@ -369,6 +378,7 @@ class ClusterStatus(Message):
     num_refused: int = 0  # requests that admission turned away
     num_lost: int = 0  # attempts that ended with their instance
     controller: str = ""  # which one says so: another name means that it was started again, and knows no request
+    turned_away: dict[str, tuple[int, int]] = {}  # at whose mailbox: connections, messages (`TurnedAway`)
 
 
 # --- to the launcher -----------------------------------------------------------------------------------------------
@@ -468,6 +478,7 @@ AnyMessage = (
     | LoadReport
     | InstanceExited
     | Join
+    | TurnedAway
     | NodeBeat
     | Leave
     | Dispatch

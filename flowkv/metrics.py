@@ -5,7 +5,7 @@ under its name. An instance that is started again has a new name, so its totals 
 a label of what it holds at a moment, never of a total: a role may change, and a total must not begin anew with it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Protocol
 
@@ -88,6 +88,9 @@ class Cluster(Protocol):
     @property
     def num_refused(self) -> int: ...
 
+    @property
+    def turned_away(self) -> Mapping[str, tuple[int, int]]: ...
+
 
 class Phase(Protocol):
     @property
@@ -129,6 +132,7 @@ class ClusterCollector(Collector):
         if (cluster := self._cluster()) is None:
             return
         yield from self._controller(cluster)
+        yield from self._turned_away(cluster.turned_away)
         yield from self._gauges(cluster.instances)
         yield from self._counters(cluster.instances)
         yield from self._links(cluster.instances)
@@ -146,6 +150,17 @@ class ClusterCollector(Collector):
         for status in cluster.instances:
             flips.add_metric([status.name], status.num_flips)
         yield flips
+
+    @staticmethod
+    def _turned_away(counts: Mapping[str, tuple[int, int]]) -> Iterator[Metric]:
+        connections = "Connections to a process's mailbox that did not hold the cluster's key"
+        strangers = CounterMetricFamily("flowkv_strangers", connections, labels=["where"])
+        ignored = CounterMetricFamily("flowkv_messages_ignored", "Messages that made no sense", labels=["where"])
+        for where, (num_connections, num_messages) in counts.items():
+            strangers.add_metric([where], num_connections)
+            ignored.add_metric([where], num_messages)
+        yield strangers
+        yield ignored
 
     @staticmethod
     def _gauges(statuses: Sequence[InstanceStatus]) -> Iterator[Metric]:

@@ -8,6 +8,7 @@ Within a node mailboxes are at `ipc://` paths in a folder that only its owner ma
 """
 
 import logging
+import time
 from typing import cast
 
 import msgspec
@@ -16,7 +17,8 @@ import zmq.asyncio
 
 from flowkv.auth import ClusterKey, Doorkeeper
 from flowkv.errors import ConfigError, ProtocolError
-from flowkv.messages import AnyMessage, Message
+from flowkv.messages import AnyMessage, Message, TurnedAway
+from flowkv.throttle import Throttle
 
 MAX_MESSAGE_BYTES = 128 << 20  # over tcp, where a stranger may send before he has to show a key
 MAX_IPC_PATH_BYTES = 107  # sun_path of Linux is 108 bytes, the closing zero included
@@ -95,6 +97,9 @@ class Mailbox:
         check_address(address)
         member_key = _require_key(address, key) if _is_tcp(address) else None
         self._doorkeeper: Doorkeeper | None = None
+        self._num_ignored = 0
+        self._told = (0, 0)
+        self._throttle = Throttle()
         self.socket = context.socket(zmq.PULL)
         # No bound: a message that is dropped or blocks its sender could break the protocol, and how many there can
         # be is bounded by the requests that the controller has admitted.
@@ -115,7 +120,7 @@ class Mailbox:
     def receive_all(self) -> list[AnyMessage]:
         """All messages that are there now, without waiting. Poll `socket` for when there are some.
 
-        A frame that does not decode is logged and dropped: whoever sent it must not take the receiver down.
+        A frame that does not decode is ignored.
         """
         messages: list[AnyMessage] = []
         while True:
@@ -125,17 +130,30 @@ class Mailbox:
                 return messages
             self._append_decoded(messages, frame)
 
+    def ignore(self, error: ProtocolError) -> None:
+        """Of a message that makes no sense: counted and logged. Whoever sent it must not take the receiver down."""
+        self._num_ignored += 1
+        if (more := self._throttle.note("ignored", time.monotonic())) is not None:
+            _logger.warning("%s ignored a message: %s%s", self.address.rpartition("/")[2], error, more)
+
+    def take_turned_away(self, process: str) -> TurnedAway | None:
+        """What was, since the last call; None if nothing was. `process` is whose mailbox this is."""
+        now = (0 if self._doorkeeper is None else self._doorkeeper.num_refused, self._num_ignored)
+        if now == self._told:
+            return None
+        before, self._told = self._told, now
+        return TurnedAway(process, now[0] - before[0], now[1] - before[1])
+
     def close(self) -> None:
         self.socket.close()
         if self._doorkeeper is not None:
             self._doorkeeper.close()
 
-    @staticmethod
-    def _append_decoded(messages: list[AnyMessage], frame: bytes) -> None:
+    def _append_decoded(self, messages: list[AnyMessage], frame: bytes) -> None:
         try:
             messages.append(decode(frame))
         except ProtocolError as error:
-            _logger.warning("dropped an %s", error)
+            self.ignore(error)
 
 
 class AsyncMailbox(Mailbox):

@@ -81,6 +81,7 @@ EXAMPLES: list[m.AnyMessage] = [
     m.DrainCluster(),
     m.InstanceExited("p0.1", "killed"),
     m.Join("l0", "host/0", "tcp://10.0.0.2:4000", "0.1"),
+    m.TurnedAway("p0.1", 3, 1),
     m.NodeBeat("l0", "tcp://10.0.0.2:4000", "epoch"),
     m.Leave("l0"),
     m.Dispatch(1, REQUEST, "ipc:///run/f0", ["d0.1"]),

@@ -4,6 +4,7 @@ import logging
 import time
 from dataclasses import dataclass
 
+import msgspec
 import zmq
 
 from flowkv.auth import ClusterKey
@@ -13,6 +14,8 @@ from flowkv.cluster.rebuild import Rebuild
 from flowkv.config import ClusterConfig
 from flowkv.errors import ConfigError, FlowKVError, ProtocolError
 from flowkv.messages import (
+    RESTART_MARK,
+    ClusterStatus,
     Dismissed,
     InstanceExited,
     Join,
@@ -25,6 +28,7 @@ from flowkv.messages import (
     RegistrationRefused,
     StartFailed,
     StopInstance,
+    TurnedAway,
 )
 from flowkv.wire import Mailbox, Outbox, SyncContext
 
@@ -86,6 +90,8 @@ class _Service:
         self._awaits_own = bool(config.roles) and not spec.generation
         self._early: list[Register] = []
         self._nodes = Nodes(spec.epoch, config, spec.model_name, spec.generation)
+        self._turned_away: dict[str, tuple[int, int]] = {}
+        self._name = spec.name
         self._poller = zmq.Poller()
         self._poller.register(mailbox.socket, zmq.POLLIN)
         outbox.send(spec.launcher_address, Ready(spec.name))
@@ -95,6 +101,8 @@ class _Service:
         self._poller.poll(_BEAT_MS)
         for message in self._mailbox.receive_all():
             self._handle(message)
+        if (turned_away := self._mailbox.take_turned_away(self._name)) is not None:
+            self._on_turned_away(turned_away)
         self._controller.tick(time.monotonic())
         self._nodes.tick(time.monotonic())
         self._send_all()
@@ -119,6 +127,8 @@ class _Service:
             case Register():
                 self._tell_controller(message)
                 self._admit_early()
+            case TurnedAway():
+                self._on_turned_away(message)
             case InstanceExited() if message.epoch != self._epoch:
                 _logger.warning("ignored the end of %s, of an earlier cluster", message.instance)
             case InstanceExited():
@@ -133,6 +143,12 @@ class _Service:
         for message in early:
             self._handle(message)
 
+    def _on_turned_away(self, message: TurnedAway) -> None:
+        """What a process has counted goes on with the one that takes its place."""
+        place = message.process.partition(RESTART_MARK)[0]
+        connections, messages = self._turned_away.get(place, (0, 0))
+        self._turned_away[place] = (connections + message.num_connections, messages + message.num_messages)
+
     def _on_exited(self, message: InstanceExited) -> None:
         if node_name(message.instance) is not None:  # that of this node is its launcher's to tell
             _logger.warning("instance %s is gone: %s", message.instance, message.reason)
@@ -142,12 +158,14 @@ class _Service:
         try:
             self._controller.handle(message, time.monotonic())
         except ProtocolError as error:
-            _logger.warning("ignored a message: %s", error)
+            self._mailbox.ignore(error)
 
     def _send_all(self) -> None:
         for to, answer in self._controller.take_messages() + self._nodes.take_messages():
             if isinstance(answer, StopInstance):  # the controller knows of one launcher only
                 to = self._nodes.launcher_address(answer.instance) or to
+            if isinstance(answer, ClusterStatus):
+                answer = msgspec.structs.replace(answer, turned_away=self._turned_away)
             is_last = isinstance(answer, Dismissed | RegistrationRefused)
             try:
                 (self._outbox.send_last if is_last else self._outbox.send)(to, answer)

@@ -180,6 +180,8 @@ class _Instance:
     def _take_messages(self) -> None:
         for message in self._mailbox.receive_all():
             self._take_message(message)
+        if (turned_away := self._mailbox.take_turned_away(self._spec.name)) is not None:
+            self._outbox.send(self._spec.controller_address, turned_away)
         written, arrived, linked = self._transfer.poll()
         for link in linked:
             self._link_notes.up(link)
@@ -211,7 +213,7 @@ class _Instance:
                 try:
                     self._engine.handle(message, time.monotonic())
                 except ProtocolError as error:
-                    _logger.warning("%s ignored a message: %s", name, error)
+                    self._mailbox.ignore(error)
 
     def _carry_out(self) -> None:
         for effect in self._engine.take_effects():

@@ -182,7 +182,7 @@ class Frontend:
                     try:
                         self._receive(message)
                     except ProtocolError as error:
-                        _logger.warning("ignored a message: %s", error)
+                        self._mailbox.ignore(error)
 
     def submit(self, requests: list[Request], options: TextOptions, arrival_s: float) -> RequestStream:
         """One stream over all choices of all requests: choice c of request i has the number `i * n + c`."""
@@ -246,6 +246,8 @@ class Frontend:
             for live in list(self._live.values()):
                 self._look_after(live)
             self._give_up_waiting()
+            if (turned_away := self._mailbox.take_turned_away(self._name)) is not None:
+                self._send(turned_away)
 
     def _give_up_waiting(self) -> None:
         """A client that has waited so long for a first token hears so, and nothing is computed for it any more."""
