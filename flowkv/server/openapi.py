@@ -43,6 +43,9 @@ class OpenApi:
 def document(endpoints: list[Endpoint], version: str) -> dict[str, Any]:
     types = [ErrorAnswer, *_types(endpoints)]
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    for one in types:
+        for name in getattr(one, "unsupported", ()):  # known, so that it can be refused
+            components[one.__name__]["properties"].pop(name, None)
     schema_of = dict(zip(map(repr, types), schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in endpoints:

@@ -122,6 +122,11 @@ def test_every_schema_is_one(document: dict[str, Any]) -> None:
     assert references == {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
 
 
+def test_what_is_always_refused_is_not_offered(document: dict[str, Any]) -> None:
+    assert "suffix" not in document["components"]["schemas"]["CompletionBody"]["properties"]
+    assert "previous_response_id" not in document["components"]["schemas"]["ResponsesBody"]["properties"]
+
+
 def _references(value: Any) -> list[str]:
     if isinstance(value, dict):
         own = [value["$ref"]] if isinstance(value.get("$ref"), str) else []
