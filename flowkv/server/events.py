@@ -1,7 +1,7 @@
 """What has happened to a cluster, told from one `ClusterStatus` to the next."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 
 import msgspec
@@ -10,12 +10,16 @@ from flowkv.messages import RESTART_MARK, ClusterStatus
 from flowkv.types import InstanceStatus, Role
 
 MAX_EVENTS = 200
+RETURN_S = 10.0  # a controller that was started again is not asked before about instances that it does not know yet
 
 
 class EventKind(StrEnum):
+    STARTED = "started"  # this frontend
+    CONTROLLER = "controller"  # was started again
     READY = "ready"  # of the cluster
     NOT_READY = "not_ready"
     REGIME = "regime"
+    LOST = "lost"  # attempts, with their instance
     JOINED = "joined"  # of an instance
     RESTARTED = "restarted"  # it takes the place of one that ended
     GONE = "gone"
@@ -40,33 +44,48 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class EventLog:
     """The last `MAX_EVENTS`, oldest first."""
 
-    def __init__(self) -> None:
-        self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
-        self._last: ClusterStatus | None = None
+    def __init__(self, now_s: float) -> None:
+        self.events: deque[Event] = deque([Event(time_s=now_s, kind=EventKind.STARTED)], maxlen=MAX_EVENTS)
+        self._last = ClusterStatus(False, None, 0, [])
+        self._known: dict[str, InstanceStatus] = {}  # those that are there, as far as is known
+        self._returned_by_s = now_s  # until then nobody is missed
 
     def observe(self, now_s: float, status: ClusterStatus) -> None:
-        self.events.extend(_changes(now_s, self._last, status))
+        if self._last.controller not in ("", status.controller):
+            self._returned_by_s = now_s + RETURN_S
+            self.events.append(Event(time_s=now_s, kind=EventKind.CONTROLLER))
+        self.events.extend(_of_cluster(now_s, self._last, status))
+        self.events.extend(self._of_instances(now_s, {instance.name: instance for instance in status.instances}))
         self._last = status
 
+    def _of_instances(self, now_s: float, new: Mapping[str, InstanceStatus]) -> Iterator[Event]:
+        replaced = {_seat(name) for name in new.keys() - self._known.keys()}
+        for name in list(self._known.keys() - new.keys()):
+            if now_s >= self._returned_by_s or _seat(name) in replaced:
+                yield _departure(now_s, self._known.pop(name))
+        for name, instance in new.items():
+            if name in self._known:
+                yield from _differences(now_s, self._known[name], instance)
+            else:
+                yield _arrival(now_s, instance)
+        self._known.update(new)
 
-def _changes(now_s: float, before: ClusterStatus | None, after: ClusterStatus) -> Iterator[Event]:
-    old = {} if before is None else {instance.name: instance for instance in before.instances}
-    new = {instance.name: instance for instance in after.instances}
-    for name in old.keys() - new.keys():
-        yield _departure(now_s, old[name])
-    for name, instance in new.items():
-        if name in old:
-            yield from _differences(now_s, old[name], instance)
-        else:
-            yield _arrival(now_s, instance)
-    if after.ready != (before is not None and before.ready):
+
+def _of_cluster(now_s: float, before: ClusterStatus, after: ClusterStatus) -> Iterator[Event]:
+    if after.ready is not before.ready:
         yield Event(time_s=now_s, kind=EventKind.READY if after.ready else EventKind.NOT_READY)
-    if before is not None and after.regime is not before.regime:
+    if after.regime is not before.regime:
         yield Event(time_s=now_s, kind=EventKind.REGIME, detail=f"{before.regime} to {after.regime}")
+    if after.controller == before.controller and after.num_lost > before.num_lost:
+        yield Event(time_s=now_s, kind=EventKind.LOST, detail=str(after.num_lost - before.num_lost))
+
+
+def _seat(name: str) -> str:
+    return name.partition(RESTART_MARK)[0]
 
 
 def _arrival(now_s: float, instance: InstanceStatus) -> Event:
-    seat, mark, epoch = instance.name.rpartition(RESTART_MARK)
+    seat, mark, epoch = instance.name.partition(RESTART_MARK)
     kind, detail = (EventKind.RESTARTED, f"restart {epoch} of {seat}") if mark else (EventKind.JOINED, "")
     return Event(time_s=now_s, kind=kind, instance=instance.name, role=instance.role, detail=detail)
 

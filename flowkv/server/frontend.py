@@ -121,7 +121,7 @@ class Frontend:
         self.now_s = clock
         self.epoch = secrets.token_hex(8)  # of this process
         self.history = History(clock())
-        self.watch = ClusterWatch()
+        self.watch = ClusterWatch(clock())
         self._status_s = clock()
         self._name = name
         self._mailbox = mailbox

@@ -53,8 +53,8 @@ class _Look(NamedTuple):
 class ClusterWatch:
     """Told of every `ClusterStatus`."""
 
-    def __init__(self) -> None:
-        self._log = EventLog()
+    def __init__(self, now_s: float) -> None:
+        self._log = EventLog(now_s)
         self._looks: deque[_Look] = deque(maxlen=_LOOKS)
         self._latest = _Look(0.0, {})
 

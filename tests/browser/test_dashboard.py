@@ -22,6 +22,7 @@ from flowkv.types import Regime, Role
 from tests.browser.page import SCHEMES, SIZES, Watched, chromium, opened
 from tests.e2e.server import Server, serving
 
+MANY = [(1, "phone"), (4, "desktop"), (64, "desktop"), pytest.param(64, "phone", marks=pytest.mark.slow)]
 NASTY = "<img src=x onerror=alert(1)>"
 
 
@@ -80,7 +81,9 @@ def made_up(num_instances: int, **changed: Any) -> DashboardData:
         Event(time_s=1450.0, kind=EventKind.GONE, instance="decode-9", role=Role.DECODE),
         Event(time_s=1455.0, kind=EventKind.RESTARTED, instance="decode-9~1", role=Role.DECODE, detail="restart 1"),
         Event(time_s=1460.0, kind=EventKind.STALLED, instance="decode-1", role=Role.MIXED),
+        Event(time_s=1465.0, kind=EventKind.LOST, detail="3"),
         Event(time_s=1470.0, kind=EventKind.REGIME, detail="normal to overloaded"),
+        Event(time_s=1480.0, kind=EventKind.CONTROLLER),
     ]
     data = DashboardData(
         frontend="made up", version="1.2.3", now_s=1600.5, window_s=600, is_ready=True, status_age_s=0.1,
@@ -173,7 +176,7 @@ def test_another_frontend_begins_anew(browser: Browser, server: Server) -> None:
         expect(watched.page.locator("#instances tbody tr")).to_have_count(3)
 
 
-@pytest.mark.parametrize(("num_instances", "size"), [(1, "phone"), (4, "desktop"), (64, "phone"), (64, "desktop")])
+@pytest.mark.parametrize(("num_instances", "size"), MANY)
 def test_from_one_instance_to_many(browser: Browser, server: Server, num_instances: int, size: str) -> None:
     scheme = SCHEMES[num_instances % 2]
     with opened(browser, server.url, scheme, size, reduced_motion="reduce") as watched:
@@ -251,6 +254,7 @@ def test_slowest_requests_show_their_phases(browser: Browser, server: Server) ->
         watched.screenshot("request")
 
 
+@pytest.mark.slow
 def test_with_an_admin_key_the_browser_asks_for_it(browser: Browser) -> None:
     key = new_key()
     environment = {ADMIN_KEY_VARIABLE: key}

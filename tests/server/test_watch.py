@@ -9,7 +9,7 @@ def counted(tokens: int, steps: int) -> InstanceCounters:
 
 
 def test_rates_are_over_the_last_seconds() -> None:
-    watch = ClusterWatch()
+    watch = ClusterWatch(0.0)
     for second in range(10):
         watch.observe(float(second), cluster(instance("d0", counters=counted(max(0, second - 5) * 100, second))))
     [row] = watch.rows()
@@ -18,7 +18,7 @@ def test_rates_are_over_the_last_seconds() -> None:
 
 
 def test_a_newcomer_has_no_rates() -> None:
-    watch = ClusterWatch()
+    watch = ClusterWatch(0.0)
     watch.observe(0.0, cluster())
     watch.observe(1.0, cluster(instance("d0", counters=counted(100, 1))))
     assert watch.rows()[0].prefill_tokens_per_s is None
@@ -31,7 +31,7 @@ def test_links_name_places_and_what_flows() -> None:
     def at(num_bytes: int) -> list[LinkStatus]:
         return [LinkStatus(peer="d0", backend="shm", num_bytes=num_bytes), LinkStatus(peer="dead", backend="shm")]
 
-    watch = ClusterWatch()
+    watch = ClusterWatch(0.0)
     watch.observe(0.0, cluster(instance("p0", links=at(0)), instance("d0")))
     assert watch.rows()[0].links == [LinkRow(1, "shm", 0.0)]
     watch.observe(2.0, cluster(instance("p0", links=at(500)), instance("d0")))
@@ -40,13 +40,13 @@ def test_links_name_places_and_what_flows() -> None:
 
 def test_blocks_by_state_make_up_the_pool() -> None:
     load = InstanceLoad(free_blocks=3, used_blocks=5, reserved_blocks=3, quarantined_blocks=1)
-    watch = ClusterWatch()
+    watch = ClusterWatch(0.0)
     watch.observe(0.0, cluster(instance("d0", load=load)))
     assert watch.rows()[0].blocks == {"filled": 2, "reserved": 2, "quarantined": 1, "free": 3}
 
 
 def test_all_instances_together() -> None:
-    watch = ClusterWatch()
+    watch = ClusterWatch(0.0)
     assert watch.held() == Held()
     busy = InstanceLoad(num_waiting=2, num_prefilling=1, num_decoding=4, used_blocks=4)
     watch.observe(0.0, cluster(instance("d0", load=busy), instance("d1", load=busy)))

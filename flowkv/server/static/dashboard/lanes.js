@@ -1,7 +1,7 @@
 // Roles over time, a lane for each instance and whoever took its place; and the latest events in words.
 
 import { byId, el, Keyed, setAttribute, setText, showLegend, svg } from "./dom.js";
-import { clock } from "./format.js";
+import { clock, plural } from "./format.js";
 import { lanes, seatOf } from "./history.js";
 import { drawTimeAxis, TimeAxis } from "./plot.js";
 
@@ -12,10 +12,13 @@ const SIGN_WIDTH = 13;
 const SIGNS = { gone: "✕", retired: "✕", restarted: "↻", flip: "⇄", stalled: "!", joined: "", awake: "", draining: "↓" };
 
 const WORDS = {
+  started: () => "this frontend was started",
+  controller: () => "the controller was started again",
+  lost: (event) => `${plural(Number(event.detail), "request")} lost their instance: they go on elsewhere`,
   ready: () => "the cluster takes requests",
   not_ready: () => "the cluster takes no requests",
   regime: (event) => `regime: ${event.detail}`,
-  joined: (event) => `joined as ${event.role}`,
+  joined: (event) => `is in service as ${event.role}`,
   restarted: (event) => `is in service (${event.detail})`,
   gone: () => "is gone",
   retired: () => "was retired",
@@ -29,6 +32,7 @@ export class Lanes {
   constructor() {
     this.svg = svg("svg", { class: "lanes", role: "img" });
     this.rows = new Keyed(this.svg.appendChild(svg("g")), createLane, (node, lane) => this.drawLane(node, lane));
+    this.rules = this.svg.appendChild(svg("g", { class: "rules" }));
     this.times = this.svg.appendChild(svg("g", { class: "grid" }));
     byId("lanes").append(this.svg);
     showLegend(byId("lane-legend"), [
@@ -41,11 +45,13 @@ export class Lanes {
     const { instances, events } = feed.latest;
     const width = this.svg.clientWidth;
     const endS = feed.latest.now_s;
-    if (width > 0) this.draw(lanes(instances, events, endS - windowS, endS), endS, windowS, width);
+    const began = events.find((event) => event.kind === "started")?.time_s ?? 0; // nothing is known of the time before
+    const startS = Math.max(endS - windowS, began);
+    if (width > 0) this.draw(lanes(instances, events, startS, endS), events, endS, windowS, width);
     this.showList(feed, events);
   }
 
-  draw(all, endS, windowS, width) {
+  draw(all, events, endS, windowS, width) {
     const longest = Math.max(8, ...all.map((lane) => lane.seat.length));
     this.axis = new TimeAxis(endS, windowS, width, Math.min(width * 0.32, longest * 7.2 + 12));
     this.laneHeight = all.length > 24 ? 13 : all.length > 8 ? 16 : 22;
@@ -54,11 +60,18 @@ export class Lanes {
     setAttribute(this.svg, "viewBox", `0 0 ${width} ${height}`);
     all.forEach((lane, place) => (lane.y = place * this.laneHeight));
     this.rows.show(all, (lane) => lane.seat);
+    const restarts = events.filter((event) => event.kind === "controller" && event.time_s >= this.axis.startS);
+    this.rules.replaceChildren(...restarts.map((event) => this.rule(event.time_s, height - AXIS)));
     const state = `${width} ${windowS} ${height} ${this.axis.left}`;
     if (state !== this.state) drawTimeAxis(this.times, this.axis, height - 5);
     this.state = state;
     const marks = all.reduce((sum, lane) => sum + lane.marks.length, 0);
     setAttribute(this.svg, "aria-label", `Roles of ${all.length} instances over time, with ${marks} events; they are listed below`);
+  }
+
+  rule(timeS, height) {
+    const x = this.axis.x(timeS).toFixed(1);
+    return svg("line", { x1: x, x2: x, y1: 0, y2: height }, svg("title", {}, WORDS.controller()));
   }
 
   drawLane(node, lane) {
