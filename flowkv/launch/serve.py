@@ -165,6 +165,7 @@ class _Cluster:
             model_name=self._model_name,
             key=self._node.key,
             limits=self._config.limits,
+            tracing=self._config.tracing,
         )
 
     def _description(self) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -26,6 +27,7 @@ from flowkv.server.responses_api import ResponsesApi
 from flowkv.server.status_api import StatusApi
 from flowkv.server.text_service import TextService
 from flowkv.server.tokens_api import TokensApi
+from flowkv.server.trace_context import TraceContext
 
 _logger = logging.getLogger(__name__)
 
@@ -47,7 +49,11 @@ def create_app(frontend: Frontend, model_name: str, config: ServerConfig) -> Sta
         *(endpoint.route() for endpoint in endpoints),
         *unsupported.routes(),
     ]
-    return Starlette(routes=routes, exception_handlers=ErrorAnswers(frontend.count_refused).handlers())
+    return Starlette(
+        routes=routes,
+        middleware=[Middleware(TraceContext)],
+        exception_handlers=ErrorAnswers(frontend.count_refused).handlers(),
+    )
 
 
 class ErrorAnswers:

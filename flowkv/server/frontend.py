@@ -38,6 +38,7 @@ from flowkv.server.stop_strings import StopStrings
 from flowkv.server.stream import RequestStream
 from flowkv.server.timeline import RequestRecord, Timeline
 from flowkv.server.tokenizer import Tokenizer
+from flowkv.server.trace_context import current_traceparent
 from flowkv.server.watch import ClusterWatch
 from flowkv.types import FinishReason, Output, Request
 from flowkv.wire import AsyncMailbox, Outbox
@@ -194,7 +195,9 @@ class Frontend:
         for request in map(caller.ranked, requests):
             choices = [self._choice(number + c, request, options) for c in range(request.sampling.n)]
             number += len(choices)
-            timeline = Timeline(request, time.time() - (now_s - arrival_s), arrival_s, now_s, caller.name)
+            timeline = Timeline(
+                request, time.time() - (now_s - arrival_s), arrival_s, now_s, caller.name, current_traceparent()
+            )  # fmt: skip
             stream.timelines.append(timeline)
             live = LiveRequest(request, stream, choices, caller, arrival_s, timeline, Recovery(request.request_id))
             lives.append(live)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 from flowkv.server.timeline import RequestRecord
 
+Listener = Callable[[RequestRecord], None]
+
 NUM_SLOWEST = 32
 SLOWEST_WINDOW_S = 600.0
 
@@ -13,10 +15,13 @@ SLOWEST_WINDOW_S = 600.0
 class Journal:
     """Keeps the last `num_kept` records, and the slowest of the last ten minutes, however many there were since."""
 
-    def __init__(self, num_kept: int, listeners: Sequence[Callable[[RequestRecord], None]] = ()) -> None:
+    def __init__(self, num_kept: int, listeners: Sequence[Listener] = ()) -> None:
         self._recent: deque[RequestRecord] = deque(maxlen=num_kept)
         self._slowest: list[RequestRecord] = []  # the fastest of them first
-        self._listeners = tuple(listeners)
+        self._listeners = list(listeners)
+
+    def listen(self, listener: Listener) -> None:
+        self._listeners.append(listener)
 
     def add(self, record: RequestRecord) -> None:
         self._recent.append(record)

@@ -1,6 +1,7 @@
 """The frontend's process: the port first, then the tokenizer, then requests until it is drained or SIGTERM comes."""
 
 import asyncio
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,15 +11,17 @@ import uvloop
 import zmq
 
 from flowkv.auth import ClusterKey
-from flowkv.config import LimitsConfig, ServerConfig
+from flowkv.config import LimitsConfig, ServerConfig, TracingConfig
 from flowkv.errors import FlowKVError
 from flowkv.messages import Note, Ready, Serving, StartFailed
 from flowkv.server.app import create_app
 from flowkv.server.byte_tokenizer import ByteTokenizer
 from flowkv.server.draining import Draining
 from flowkv.server.frontend import Frontend
+from flowkv.server.journal import Listener
 from flowkv.server.site import Site
 from flowkv.server.tokenizer import ModelTokenizer, Tokenizer
+from flowkv.server.tracing import sending_spans
 from flowkv.wire import AsyncMailbox, Outbox, SyncContext
 
 DRAIN_SIGNAL = signal.SIGUSR1  # once it is ready: end when the last request has
@@ -38,6 +41,7 @@ class FrontendSpec:
     model_name: str
     key: ClusterKey | None = None  # for mailboxes on tcp
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    tracing: TracingConfig = field(default_factory=TracingConfig)
 
 
 def run_frontend(spec: FrontendSpec) -> int:
@@ -51,11 +55,16 @@ def run_frontend(spec: FrontendSpec) -> int:
     context: SyncContext = zmq.Context()
     outbox = Outbox(context, spec.key)
     try:
-        with Site(spec.server, spec.limits) as site:
+        with (
+            Site(spec.server, spec.limits) as site,
+            sending_spans(spec.tracing, os.environ, spec.model_name) as listeners,
+        ):
             tokenizer = _tokenizer(spec)
             early: list[int] = []  # SIGTERM, before the event loop takes it; an exception would break the loop
             signal.signal(signal.SIGTERM, lambda number, _: early.append(number))
-            uvloop.run(_serve(spec, site, lambda: _frontend(spec, context, outbox, tokenizer), outbox, early))
+            uvloop.run(
+                _serve(spec, site, lambda: _frontend(spec, context, outbox, tokenizer, listeners), outbox, early)
+            )
     except FlowKVError as error:
         outbox.send(spec.launcher_address, StartFailed(spec.name, str(error)))
         return 1
@@ -69,12 +78,18 @@ def _tokenizer(spec: FrontendSpec) -> Tokenizer:
     return ByteTokenizer() if spec.model_folder is None else ModelTokenizer(Path(spec.model_folder))
 
 
-def _frontend(spec: FrontendSpec, context: SyncContext, outbox: Outbox, tokenizer: Tokenizer) -> Frontend:
-    """Inside the event loop."""
-    return Frontend(
+def _frontend(
+    spec: FrontendSpec, context: SyncContext, outbox: Outbox, tokenizer: Tokenizer, listeners: list[Listener]
+) -> Frontend:
+    """Inside the event loop. `listeners` hear of each request that ends."""
+    frontend = Frontend(
         spec.name, AsyncMailbox(context, spec.address, spec.key), outbox, spec.controller_address, tokenizer,
         on_ready=lambda: outbox.send(spec.launcher_address, Serving(spec.name)), limits=spec.limits,
+        num_kept=spec.tracing.keep_requests,
     )  # fmt: skip
+    for listener in listeners:
+        frontend.journal.listen(listener)
+    return frontend
 
 
 async def _serve(

@@ -56,6 +56,7 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     request_id: str
     key: str | None = None  # name of the API key
+    traceparent: str | None = None  # of the client's span
     arrived_at: float  # Unix time, s
     state: State
     finish_reason: FinishReason | None = None  # of the choice that ended last
@@ -103,15 +104,22 @@ class Timeline:
 
     __slots__ = (
         "_arrival_s", "_arrived_at", "_attempts", "_detokenize_s", "_ended_s", "_error", "_finish_reason",
-        "_first_token_s", "_key", "_num_tokens", "_request", "_state", "_status",
+        "_first_token_s", "_key", "_num_tokens", "_request", "_state", "_status", "_traceparent",
     )  # fmt: skip
 
     def __init__(
-        self, request: Request, arrived_at: float, arrival_s: float, submitted_s: float, key: str | None = None
+        self,
+        request: Request,
+        arrived_at: float,
+        arrival_s: float,
+        submitted_s: float,
+        key: str | None = None,
+        traceparent: str | None = None,
     ) -> None:
         """`key` is the name of the API key that it came with."""
         self._request = request
         self._key = key
+        self._traceparent = traceparent
         self._arrived_at = arrived_at
         self._arrival_s = arrival_s
         self._attempts = [_Attempt(submitted_s)]
@@ -185,6 +193,7 @@ class Timeline:
         return RequestRecord(
             request_id=self._request.request_id,
             key=self._key,
+            traceparent=self._traceparent,
             arrived_at=self._arrived_at,
             state=self._state,
             finish_reason=self._finish_reason,
