@@ -18,6 +18,7 @@ from flowkv.types import DEFERRED
 
 MAX_CHOICES = 2048  # of one body: prompts times n
 MAX_STOP_STRINGS = 16
+MAX_STOP_IDS = 1024
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
@@ -54,7 +55,7 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     seed: Annotated[int, Meta(ge=INT64_MIN, le=INT64_MAX)] | None = None
     priority: Annotated[int, Meta(ge=-(DEFERRED // 2), le=DEFERRED // 2 - 1)] | None = None
     stop: StopString | StopStrings | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Annotated[list[int], Meta(max_length=MAX_STOP_IDS)] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None

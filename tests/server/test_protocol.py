@@ -52,6 +52,7 @@ BAD_FIELDS: list[tuple[str, Any]] = [
     ("stop", {}),
     ("stop_token_ids", [1.5]),
     ("stop_token_ids", "x"),
+    ("stop_token_ids", [1] * 1025),
     ("ignore_eos", "yes"),
     ("repetition_penalty", 0),
     ("repetition_penalty", -1),

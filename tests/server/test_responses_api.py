@@ -93,6 +93,17 @@ def test_a_stream_of_calls(ending: Served, client: openai.OpenAI) -> None:
     assert answer.output_text == "Hm.Done."
 
 
+def test_what_came_out_can_go_back_in(ending: Served, client: openai.OpenAI) -> None:
+    ending.cluster.answer = with_end(CALLS)
+    first = client.responses.create(model="toy", input="hi", tools=[TOOL])
+    call: Any = first.output[1]
+    items: Any = [*first.output, {"type": "function_call_output", "call_id": call.call_id, "output": "42"}]
+    client.responses.create(model="toy", input=items)
+    lines = bytes(ending.cluster.requests[1].prompt_ids).decode().splitlines()
+    assert lines[0].startswith("assistant: Hm. [{") and call.call_id in lines[0]
+    assert lines[1:] == ["assistant: Done.", "tool: 42", "assistant: "]
+
+
 def test_calls_of_a_whole_answer(ending: Served, client: openai.OpenAI) -> None:
     ending.cluster.answer = with_end('{"x": 5}')
     answer = client.responses.create(

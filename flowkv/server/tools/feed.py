@@ -138,9 +138,11 @@ class Feed:
 
     def raw_until(self, marker: str) -> Steps[str | None]:
         """The text before `marker`, read past it; None, and nothing is read, where it never comes."""
-        while (found := self._text.find(marker, self._at)) < 0:
+        begin = self._at
+        while (found := self._text.find(marker, begin)) < 0:
             if self._has_ended:
                 return None
+            begin = max(self._at, len(self._text) - len(marker) + 1)
             yield
         raw = self._text[self._at : found]
         self._at = found + len(marker)
@@ -266,7 +268,7 @@ def as_arguments(raw: str) -> str:
     """Some models write the object as a string within the string, or null for an empty one."""
     try:
         value = json.loads(raw, strict=False)
-    except ValueError:
+    except (ValueError, RecursionError):
         return raw
     if isinstance(value, str):
         return value

@@ -79,5 +79,5 @@ class PlainArguments:
             return text
         try:
             return json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return text

@@ -32,6 +32,7 @@ CASES: list[tuple[str, str, str, list[Call]]] = [
     ("hermes", '<tool_call>{"name": "f"}</tool_call>', "", [("f", "{}")]),
     ("hermes", '<tool_call>{"name": "f", "arguments": "{\\"x\\": 1}"}</tool_call>', "", [("f", '{"x": 1}')]),
     ("hermes", '<tool_call>{"name": "f", "arguments": null}</tool_call>', "", [("f", "{}")]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": ' + "[" * 5000, "", [("f", "[" * 5000)]),
     ("hermes", "a <tool_call> b", "a <tool_call> b", []),
     ("hermes", 'a <tool_call>{"nam', 'a <tool_call>{"nam', []),
     ("hermes", '<tool_call>{"name": 5}', '<tool_call>{"name": 5}', []),
@@ -97,7 +98,7 @@ CASES: list[tuple[str, str, str, list[Call]]] = [
         [("f", '{"x": 1, "s": "é"}')],
     ),
 ]
-named_cases = pytest.mark.parametrize(("name", "text", "rest", "calls"), CASES)
+named_cases = pytest.mark.parametrize(("name", "text", "rest", "calls"), CASES, ids=range(len(CASES)))
 
 
 def reader(name: str, *, parallel: bool = True) -> ToolReader:
