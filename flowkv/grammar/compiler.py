@@ -12,15 +12,16 @@ from flowkv.types import Grammar, GrammarKind
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-MAX_TEXT_BYTES = 64 * 1024
+MAX_TEXT_BYTES = 128 * 1024
 MAX_MESSAGE_CHARS = 400
 _ANY_OBJECT = '{"type":"object"}'
-# Without an end to it, a model that likes white space goes on with it until max_tokens.
-_JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
+# A space, or a new line and its indentation: a model that likes white space would go on with it until max_tokens.
+# oneOf is anyOf: whether an answer fits two branches is known only where it ends.
+_JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"\x20|\x0A[\x20\x09]{0,20}", "coerce_one_of": True}
 
 
 def limits() -> LLParserLimits:
-    """Of one grammar: a quarter of a second to compile it, and some tens of milliseconds and megabytes to follow it.
+    """Of one grammar. They end what is large, not all that is slow (`sandbox`); a step ends within some 20 ms.
 
     Nothing is computed ahead, so what a grammar costs to compile does not depend on the vocabulary: what a frontend
     has found good is good on every instance.

@@ -1,10 +1,12 @@
 """The tokens of a model as a grammar sees them: the bytes of each, and those that end an answer."""
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 from llguidance import LLTokenizer, TokenizerWrapper
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.decoders import Decoder
 
 from flowkv.errors import GrammarError
 from flowkv.model_files import eos_token_ids, load_tokenizer
@@ -30,24 +32,26 @@ class Vocabulary:
         num_tokens = max(num_tokens, tokenizer.get_vocab_size(with_added_tokens=True))
         return cls(_tokens(tokenizer, eos_token_ids(folder, tokenizer), num_tokens))
 
-    @classmethod
-    def to_compile_for(cls, tokenizer: Tokenizer) -> "Vocabulary":
-        """Of next to no tokens but those that a grammar can name; quick to make, with the same verdict on grammars.
-
-        Raises `GrammarError` where no grammar can bind the model.
-        """
-        small = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
-        small.decoder = tokenizer.decoder
-        small.add_special_tokens(
-            ["<|end|>", *(token.content for token in tokenizer.get_added_tokens_decoder().values())]
-        )
-        return cls(_tokens(small, frozenset({1}), small.get_vocab_size()))
-
     @staticmethod
     @cache
     def of_bytes() -> "Vocabulary":
         """Of toy serving, where a token is a byte."""
         return Vocabulary(LLTokenizer(TokenizerWrapper(_Bytes())))
+
+
+def small_tokenizer(decoder: Decoder, added: Iterable[str] = ()) -> str:
+    """The JSON of a tokenizer of bytes, and of the `added` tokens of a model, which a grammar can name.
+
+    Grammars compile for it exactly as for the model's own, in no time. Raises `GrammarError` where none can bind a
+    model with this decoder.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    pieces = [*alphabet, *(f"<0x{byte:02X}>" for byte in range(256))]  # whichever of them the decoder knows as bytes
+    small = Tokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[]))
+    small.decoder = decoder
+    small.add_special_tokens(["<|end|>", *added])
+    _tokens(small, frozenset({len(pieces)}), small.get_vocab_size())
+    return small.to_str()
 
 
 def _tokens(tokenizer: Tokenizer, end_ids: frozenset[int], num_tokens: int) -> LLTokenizer:

@@ -2,7 +2,9 @@
 
 import json
 
-from flowkv.grammar.vocabulary import BYTE_END_ID, Vocabulary
+from tokenizers import decoders
+
+from flowkv.grammar.vocabulary import BYTE_END_ID, small_tokenizer
 from flowkv.server.chat_template import Conversation
 from flowkv.server.detokenizer import ByteDetokenizer
 
@@ -39,5 +41,5 @@ class ByteTokenizer:
     def detokenizer(self, *, skip_special_tokens: bool, kept: tuple[str, ...] = ()) -> ByteDetokenizer:
         return ByteDetokenizer()
 
-    def vocabulary(self) -> Vocabulary:
-        return Vocabulary.of_bytes()
+    def small(self) -> str:
+        return small_tokenizer(decoders.ByteLevel())

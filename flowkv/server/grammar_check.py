@@ -1,4 +1,4 @@
-"""Grammars of clients, compiled before a request costs anything, beside the event loop."""
+"""Grammars of clients, compiled before a request costs anything, and where they cannot hold up the event loop."""
 
 import asyncio
 from collections import OrderedDict
@@ -6,12 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 from flowkv.errors import GrammarError, RequestError
-from flowkv.grammar.compiler import compile_grammar
-from flowkv.grammar.vocabulary import Vocabulary
+from flowkv.grammar.sandbox import Sandbox
 from flowkv.server.tokenizer import Tokenizer
 from flowkv.types import Grammar
 
-MAX_WAITING = 64  # to be compiled, which each takes a thread a quarter of a second at most
+MAX_WAITING = 64  # to be compiled, one after the other, which takes half a second at most
 MAX_KNOWN = 256
 
 
@@ -54,9 +53,8 @@ class GrammarCheck:
     def _try(self, grammar: Grammar) -> None:
         if not self._tokenizer.grammar_end_ids:
             raise GrammarError("this model has no end-of-sequence token, without which no grammar can end")
-        compile_grammar(grammar, self._vocabulary)
+        self._sandbox.check(grammar)
 
     @cached_property
-    def _vocabulary(self) -> Vocabulary:
-        """Made with the first grammar."""
-        return self._tokenizer.vocabulary()
+    def _sandbox(self) -> Sandbox:
+        return Sandbox(self._tokenizer.small())

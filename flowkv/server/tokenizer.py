@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flowkv.errors import RequestError
-from flowkv.grammar.vocabulary import Vocabulary
+from flowkv.grammar.vocabulary import small_tokenizer
 from flowkv.model_files import eos_token_ids, load_tokenizer, read_json, special_tokens
 from flowkv.server.chat_template import ChatTemplate, Conversation
 from flowkv.server.detokenizer import Detokenizer, WindowDetokenizer
@@ -59,8 +59,8 @@ class Tokenizer(Protocol):
         """`kept` are special tokens that show in the text nevertheless."""
         ...
 
-    def vocabulary(self) -> Vocabulary:
-        """To compile grammars for. Raises `GrammarError` where none can bind this model."""
+    def small(self) -> str:
+        """A small one to compile grammars for (`small_tokenizer`). Raises `GrammarError` where none can bind this."""
         ...
 
 
@@ -107,8 +107,9 @@ class ModelTokenizer:
     def token_piece(self, token_id: int) -> str:
         return self._tokenizer.id_to_token(token_id) or ""
 
-    def vocabulary(self) -> Vocabulary:
-        return Vocabulary.to_compile_for(self._tokenizer)
+    def small(self) -> str:
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return small_tokenizer(self._tokenizer.decoder, [token.content for token in added])
 
     def token_bytes(self, token_id: int) -> bytes:
         return token_bytes(self.token_text(token_id), self._tokenizer.id_to_token(token_id))

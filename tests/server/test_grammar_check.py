@@ -3,11 +3,10 @@
 import asyncio
 
 import pytest
-from llguidance import LLMatcher
 
 from flowkv.errors import RequestError
-from flowkv.grammar.compiler import compile_grammar
-from flowkv.grammar.vocabulary import BYTE_END_ID, Vocabulary
+from flowkv.grammar.sandbox import Sandbox
+from flowkv.grammar.vocabulary import BYTE_END_ID
 from flowkv.server import grammar_check
 from flowkv.server.byte_tokenizer import ByteTokenizer
 from flowkv.server.grammar_check import GrammarCheck
@@ -22,11 +21,12 @@ def test_a_good_grammar_is_compiled_once_and_says_what_ends_it(monkeypatch: pyte
     check = GrammarCheck(ByteTokenizer())
     compiled: list[str] = []
 
-    def recording(grammar: Grammar, vocabulary: Vocabulary) -> LLMatcher:
+    def recording(sandbox: Sandbox, grammar: Grammar) -> None:
         compiled.append(grammar.text)
-        return compile_grammar(grammar, vocabulary)
+        sandbox_check(sandbox, grammar)
 
-    monkeypatch.setattr(grammar_check, "compile_grammar", recording)
+    sandbox_check = Sandbox.check
+    monkeypatch.setattr(Sandbox, "check", recording)
 
     async def run() -> None:
         for text in ("[0-9]+", "[a-z]+", "[0-9]+"):

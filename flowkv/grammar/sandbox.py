@@ -1,0 +1,71 @@
+"""Grammars of strangers, compiled where it does not matter if they never end: in a process that can be lost.
+
+Fuel bounds what llguidance counts. What it does not count, such as whether the intersection of many regular expressions
+is empty, can take years.
+"""
+
+import signal
+import subprocess
+import sys
+import weakref
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import msgspec
+
+from flowkv.errors import GrammarError
+from flowkv.grammar.worker import CPU_S, read_frame, write_frame
+from flowkv.types import Grammar
+
+
+@dataclass(slots=True, weakref_slot=True)
+class _Worker:
+    process: "subprocess.Popen[bytes]"
+    requests: BinaryIO
+    verdicts: BinaryIO
+
+
+class Sandbox:
+    """For one thread. The process starts with the first grammar, and ends with this object or with its process."""
+
+    def __init__(self, tokenizer: str) -> None:
+        """`tokenizer` as `vocabulary.small_tokenizer` makes it."""
+        self._tokenizer = tokenizer
+        self._worker: _Worker | None = None
+
+    def check(self, grammar: Grammar) -> None:
+        """Raises `GrammarError` where it cannot be compiled, or takes too much time or memory."""
+        worker = self._worker
+        if worker is None or worker.process.poll() is not None:
+            worker = self._start()
+        try:
+            write_frame(worker.requests, msgspec.msgpack.encode(grammar))
+            verdict = read_frame(worker.verdicts)
+        except BrokenPipeError:
+            verdict = None
+        if verdict is None:
+            raise GrammarError(_how(worker.process.wait()))
+        if verdict:
+            raise GrammarError(verdict.decode())
+
+    def _start(self) -> _Worker:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flowkv.grammar.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert process.stdin is not None and process.stdout is not None
+        self._worker = worker = _Worker(process, process.stdin, process.stdout)  # type: ignore[arg-type]
+        weakref.finalize(worker, _end, process)
+        write_frame(worker.requests, self._tokenizer.encode())
+        return worker
+
+
+def _how(code: int) -> str:
+    """It ended, by its exit code."""
+    if code == -signal.SIGPROF:
+        return f"it takes more than {CPU_S} s to compile"
+    return f"the process that compiles it ended with code {code}: it takes too much memory, perhaps"
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.kill()
+    process.communicate()
