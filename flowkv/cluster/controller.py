@@ -252,6 +252,9 @@ class Controller:
     def _why_nowhere(self, request: Request) -> Rejected:
         if not any(view.is_available for view in self._views.values()):
             return Rejected(request.request_id, 503, self._why_unavailable(), "unavailable")
+        if any(view.can_hold(request) for view in self._views.values()):
+            text = "the only instances that could hold this request are stalled or draining, or not in service yet"
+            return Rejected(request.request_id, 503, text, "unavailable")
         return self._too_large(request)
 
     def _why_unavailable(self) -> str:
@@ -264,7 +267,7 @@ class Controller:
         if request.sampling.n > most:
             text = f"n ({request.sampling.n}) is more than the {most} choices that an instance decodes at once"
             return Rejected(request.request_id, 400, text, "too_many_choices", "n")
-        room = max(view.pool_tokens for view in self._views.values())
+        room = max(view.pool_tokens for view in self._views.values() if view.max_choices >= request.sampling.n)
         text = (
             f"prompt ({len(request.prompt_ids)} tokens) and max_tokens ({request.sampling.max_tokens}) together need "
             f"more than the {room} tokens that the largest KV pool holds"
