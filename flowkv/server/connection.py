@@ -21,6 +21,9 @@ from flowkv.config import LimitsConfig
 from flowkv.errors import RequestError
 from flowkv.server.response import error_body
 
+# Longer than clients and proxies keep an idle connection (httpx 5 s, nginx 60 s): who asks closes it, or a request that
+# is already on its way would be lost with it.
+_KEEP_ALIVE_S = 75
 _HEADER_OVERHEAD_BYTES = 4  # ": " and the end of the line
 _PHRASES = {400: "Bad Request", 431: "Request Header Fields Too Large"}
 
@@ -85,6 +88,7 @@ class HttpConfig(Config):
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=shutdown_s,
+            timeout_keep_alive=_KEEP_ALIVE_S,
             ssl_context_factory=None if tls is None else lambda config, default: tls,
         )
         self.bounds = bounds
