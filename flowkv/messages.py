@@ -25,6 +25,7 @@ from flowkv.types import (
     Regime,
     Request,
     Role,
+    RollingRestart,
     Seconds,
 )
 
@@ -176,6 +177,26 @@ class NodeBeat(Message):
     launcher: str
     address: str
     epoch: str  # of the cluster that it joined
+
+
+class LeaveSoon(Message):
+    """A joined node wants to go: its instances are to be drained, and ended (`StopInstance`)."""
+
+    launcher: str
+
+
+class RestartInstances(Message):
+    """An operator wants these restarted, one after another, without losing anything. `token` names the wish."""
+
+    instances: list[str]
+    token: str
+
+
+class FlipInstance(Message):
+    """An operator wants this instance to take this role."""
+
+    instance: str
+    role: Role
 
 
 class Leave(Message):
@@ -378,6 +399,7 @@ class ClusterStatus(Message):
     num_refused: int = 0  # requests that admission turned away
     num_lost: int = 0  # attempts that ended with their instance
     controller: str = ""  # which one says so: another name means that it was started again, and knows no request
+    rolling: RollingRestart = RollingRestart()
     turned_away: dict[str, tuple[int, int]] = {}  # at whose mailbox: connections, messages (`TurnedAway`)
 
 
@@ -440,6 +462,13 @@ class StopInstance(Message):
     instance: str
 
 
+class RestartInstance(Message):
+    """End this instance and start another in its place: in order, or by force where it hangs."""
+
+    instance: str
+    hangs: bool = False
+
+
 # --- to the launcher of a joined node ------------------------------------------------------------------------------
 
 
@@ -480,6 +509,9 @@ AnyMessage = (
     | Join
     | TurnedAway
     | NodeBeat
+    | LeaveSoon
+    | RestartInstances
+    | FlipInstance
     | Leave
     | Dispatch
     | SetRole
@@ -512,6 +544,7 @@ AnyMessage = (
     | DrainCluster
     | StartInstance
     | StopInstance
+    | RestartInstance
     | Welcome
     | ControllerBeat
     | Dismissed

@@ -241,6 +241,18 @@ class InstanceCounters(msgspec.Struct, frozen=True, kw_only=True):
     num_expired_leases: int = 0  # reservations given up because the peer that was to fill them fell silent
 
 
+class RollingRestart(msgspec.Struct, frozen=True):
+    """Of the one under way, or the last one: whose turn it is (nobody's: empty) and what of it, `draining` or
+    `starting`. `token` names what was asked last, `failure` says why it was given up."""
+
+    token: str = ""
+    instance: str = ""
+    phase: str = ""
+    num_done: int = 0
+    num_left: int = 0  # after this one
+    failure: str = ""
+
+
 class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One instance as the controller sees it; what `/metrics` and `/ready` are made of."""
 

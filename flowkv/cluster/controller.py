@@ -6,14 +6,15 @@ import msgspec
 
 from flowkv.cluster.admission import mismatch
 from flowkv.cluster.fleet import Fleet
-from flowkv.cluster.liveness import stall_timeout_s
+from flowkv.cluster.liveness import STALL_S
 from flowkv.cluster.load import InstanceView
 from flowkv.cluster.overload import Overload
 from flowkv.cluster.policy import Ask
 from flowkv.cluster.rebuild import Rebuild
 from flowkv.cluster.roles import Flip
+from flowkv.cluster.rolling import Rolling
 from flowkv.cluster.scheduler import Placement
-from flowkv.config import SchedulingConfig, SloConfig, TransferConfig
+from flowkv.config import RestartConfig, SchedulingConfig, ServerConfig, SloConfig, TransferConfig
 from flowkv.errors import ProtocolError
 from flowkv.messages import (
     RESTART_MARK,
@@ -22,6 +23,7 @@ from flowkv.messages import (
     ClusterStatus,
     Dispatch,
     Drain,
+    FlipInstance,
     FrontendExited,
     FrontendHello,
     InstanceExited,
@@ -35,6 +37,8 @@ from flowkv.messages import (
     Registered,
     RegistrationRefused,
     Rejected,
+    RestartInstance,
+    RestartInstances,
     SetRole,
     StartInstance,
     StopInstance,
@@ -82,6 +86,8 @@ class Controller:
         launcher_address: str | None = None,
         name: str = "controller",
         rebuild: Rebuild | None = None,
+        restart: RestartConfig | None = None,
+        drain_timeout_s: float = ServerConfig().drain_timeout_s,
     ) -> None:
         self._name = name
         self._rebuild = rebuild
@@ -90,7 +96,9 @@ class Controller:
         self._backend = backend
         self._scheduling = scheduling or SchedulingConfig()
         self._launcher_address = launcher_address
-        self._stall_timeout_s = stall_timeout_s(lease_s)
+        self._stall_timeout_s = STALL_S
+        self._kills_hung = (restart or RestartConfig()).hung
+        self._rolling = Rolling(drain_timeout_s, self._drain, self._restart)
         self._last_tick_s: float | None = None
         self._frontends: dict[str, str] = {}  # name -> address
         self._fleet = Fleet(slo or SloConfig(), self._scheduling)
@@ -132,6 +140,12 @@ class Controller:
                 self._send(message.address, self._status())
             case InstanceExited():
                 self._on_exited(message)
+            case RestartInstances():
+                self._rolling.ask(message.instances, message.token)
+            case FlipInstance() if (view := self._views.get(message.instance)) is not None:
+                self._set_role(view, message.role, now_s)
+            case FlipInstance():
+                pass  # it has ended
             case FrontendExited():
                 self._on_frontend_exited(message)
             case _:
@@ -151,8 +165,11 @@ class Controller:
         for view in list(self._views.values()):
             if view.pass_time(min(elapsed_s, _MAX_ELAPSED_S), self._stall_timeout_s) and view.is_in_service:
                 self._on_stalled(view)
+            if view.liveness.take_hang(STALL_S) and self._kills_hung and self._launcher_address is not None:
+                self._send(self._launcher_address, RestartInstance(view.name, hangs=True))
             if view.unanswered:
                 self._settle_unanswered(view)
+        self._rolling.look(self._views, now_s)
         if now_s >= self._roles_due_s:
             self._roles_due_s = now_s + self._scheduling.interval_s
             self._set_roles(now_s)
@@ -377,7 +394,7 @@ class Controller:
             self._rebuild.hear(message)
         self._settle_unanswered(view)
         self._lose_missed(view)
-        if view.is_drained and view.is_draining and not view.is_stopping:
+        if view.holds_nothing and view.is_draining and not view.is_stopping and not self._rolling.holds(view.name):
             self._stop(view)
 
     def _learn_length(self, request_id: str, num_output_tokens: int) -> None:
@@ -518,14 +535,16 @@ class Controller:
         verdict = self._fleet.look(now_s)
         self.regime = verdict.regime
         for name, role in verdict.flips:
-            view = self._views[name]
-            view.wanted_role, view.flipped_s = role, now_s
-            self._fleet.refresh(view)
-            self._send(view.peer.address, SetRole(role))
+            self._set_role(self._views[name], role, now_s)
         if verdict.scale > 0:
             self._scale_out()
-        elif verdict.scale < 0:
+        elif verdict.scale < 0 and not self._rolling.is_active:
             self._scale_in()
+
+    def _set_role(self, view: InstanceView, role: Role, now_s: float) -> None:
+        view.wanted_role, view.flipped_s = role, now_s
+        self._fleet.refresh(view)
+        self._send(view.peer.address, SetRole(role))
 
     def _scale_out(self) -> None:
         """Ask for one more, of the role that there is less of."""
@@ -542,13 +561,25 @@ class Controller:
         if not self._scheduling.min_instances or num_available <= self._scheduling.min_instances:
             return
         if self._launcher_address is not None and (view := self._fleet.to_retire()) is not None:
-            view.is_draining = True
-            self._fleet.refresh(view)
-            self._send(view.peer.address, Drain())
+            self._drain(view)
+
+    def retire(self, name: str) -> None:
+        """It finishes what it has, and is ended for good."""
+        if (view := self._views.get(name)) is not None and not view.is_draining:
+            self._drain(view)
+
+    def _drain(self, view: InstanceView) -> None:
+        view.is_draining = True
+        self._fleet.refresh(view)
+        self._send(view.peer.address, Drain())
+
+    def _restart(self, view: InstanceView) -> None:
+        view.is_stopping = True
+        if self._launcher_address is not None:
+            self._send(self._launcher_address, RestartInstance(view.name))
 
     def _stop(self, view: InstanceView) -> None:
-        """It holds nothing any more, and nothing is on its way to it."""
-        if self._launcher_address is not None and not view.has_unseen and not view.homes:
+        if self._launcher_address is not None:
             self._num_wanted -= 1
             view.is_stopping = True
             self._send(self._launcher_address, StopInstance(view.name))
@@ -571,6 +602,7 @@ class Controller:
         return ClusterStatus(
             is_ready, self._model, room, self.statuses(), self.regime, len(self.flips), self._overload.num_refused,
             self._num_lost, self._name,
+            self._rolling.status(),
         )  # fmt: skip
 
     def _broadcast_status(self) -> None:

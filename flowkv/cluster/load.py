@@ -152,6 +152,11 @@ class InstanceView:
         """Something was sent that no report has echoed yet."""
         return bool(self._unseen)
 
+    @property
+    def holds_nothing(self) -> bool:
+        """It is drained, and nothing is on its way to it."""
+        return self.is_drained and not self.has_unseen and not self.homes
+
     def is_linked_to(self, peer: "InstanceView") -> bool:
         return peer.name in self.links
 

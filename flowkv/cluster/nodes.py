@@ -19,6 +19,7 @@ from flowkv.messages import (
 )
 
 NODE_SEPARATOR = "@"  # instance@node; the controller's own node has no name
+_MANY_BEATS_S = 3.0  # a launcher beats every second
 _UNKNOWN = "the cluster does not know this node any more"
 
 
@@ -83,6 +84,15 @@ class Nodes:
     def launcher_address(self, instance: str) -> str | None:
         """Of the node that runs it; None if that is the controller's own, or has gone."""
         return next((node.address for node in self._nodes.values() if instance in node.instances), None)
+
+    def instances(self, launcher: str) -> list[str]:
+        """Of its node, that are not known to be dead."""
+        return sorted(self._nodes[launcher].instances) if launcher in self._nodes else []
+
+    def is_cut_off(self, instance: str, now_s: float) -> bool:
+        """Whether nothing was heard lately of the launcher that runs it either."""
+        node = next((node for node in self._nodes.values() if instance in node.instances), None)
+        return node is not None and now_s - node.heard_s >= _MANY_BEATS_S
 
     def on_exited(self, instance: str) -> None:
         for node in self._nodes.values():

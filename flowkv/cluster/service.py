@@ -20,12 +20,14 @@ from flowkv.messages import (
     InstanceExited,
     Join,
     Leave,
+    LeaveSoon,
     Message,
     NodeBeat,
     Note,
     Ready,
     Register,
     RegistrationRefused,
+    RestartInstance,
     StartFailed,
     StopInstance,
     TurnedAway,
@@ -84,6 +86,7 @@ class _Service:
             len(config.roles), spec.epoch, config.transfer.backend, config.transfer.lease_s,
             slo=config.slo, scheduling=config.scheduling, launcher_address=spec.launcher_address, name=spec.name,
             rebuild=Rebuild(spec.running, has_nodes=spec.key is not None) if spec.generation else None,
+            restart=config.restart, drain_timeout_s=config.server.drain_timeout_s,
         )  # fmt: skip
         self._epoch = spec.epoch
         # An instance of this node, which has not registered yet: a controller before this one may have seen it.
@@ -118,6 +121,9 @@ class _Service:
                 self._nodes.handle(message, time.monotonic())
                 for exited in self._nodes.take_exits():
                     self._on_exited(exited)
+            case LeaveSoon():
+                for name in self._nodes.instances(message.launcher):
+                    self._controller.retire(name)
             case Register() if self._nodes.is_awaited(message):
                 pass  # it will say it again
             case Register() if node_name(message.peer.instance) is not None and self._awaits_own:
@@ -161,11 +167,14 @@ class _Service:
             self._mailbox.ignore(error)
 
     def _send_all(self) -> None:
+        now_s = time.monotonic()
         for to, answer in self._controller.take_messages() + self._nodes.take_messages():
-            if isinstance(answer, StopInstance):  # the controller knows of one launcher only
+            if isinstance(answer, StopInstance | RestartInstance):  # the controller knows of one launcher only
                 to = self._nodes.launcher_address(answer.instance) or to
             if isinstance(answer, ClusterStatus):
                 answer = msgspec.structs.replace(answer, turned_away=self._turned_away)
+            if isinstance(answer, RestartInstance) and answer.hangs and self._nodes.is_cut_off(answer.instance, now_s):
+                continue  # it would come when the instance is heard again
             is_last = isinstance(answer, Dismissed | RegistrationRefused)
             try:
                 (self._outbox.send_last if is_last else self._outbox.send)(to, answer)

@@ -95,6 +95,11 @@ class Children:
             child.kill_due_s = time.monotonic() + last_s + _STOP_TIMEOUT_S
             child.send_signal(signum)
 
+    def kill(self, name: str) -> None:
+        """By force, and at once."""
+        if (child := self.get(name)) is not None:
+            child.send_signal(signal.SIGKILL)
+
     def next_kill_s(self) -> float | None:
         """Seconds until `take_gone` will have one to kill."""
         due_s = [child.kill_due_s for child in self._children.values() if child.kill_due_s is not None]

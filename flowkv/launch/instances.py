@@ -67,6 +67,7 @@ class Instances:
         self._suffix = ""
         self._num_named: Counter[Role] = Counter()
         self._seats: dict[str, _Seat] = {}  # by the name of the instance in it
+        self._is_closing = False
         self._exits: deque[InstanceExited] = deque(maxlen=_MAX_EXITS)
 
     @property
@@ -111,6 +112,24 @@ class Instances:
             seat.is_retired = True
             self._children.stop(name)
 
+    def restart(self, name: str, hangs: bool) -> None:
+        """End it, by force where it hangs, and start another. Nothing is to be done where it has ended already."""
+        if (seat := self._seats.get(name)) is None:
+            return
+        if hangs:
+            seat.failure = "said nothing for too long"
+            self._children.kill(name)
+        else:
+            seat.failure = "was drained"
+            seat.backoff.worked()
+            self._children.stop(name)
+
+    def close(self) -> None:
+        """None is started any more, and what has not come into service yet is ended."""
+        self._is_closing = True
+        for name in set(self.names) - set(self.ready_names):
+            self.retire(name)
+
     def _new_seat(self, template: InstanceSpec, role: Role, is_added: bool) -> _Seat:
         number, self._num_named[role] = self._num_named[role], self._num_named[role] + 1
         spec = replace(template, name=f"{role}-{number}{self._suffix}", role=role)
@@ -146,8 +165,6 @@ class Instances:
         if seat is None or (seat.is_first and not seat.is_added):
             raise ConfigError(text)
         seat.failure = message.reason
-        if not seat.is_first:
-            self._display.note(text)
         self._children.stop(message.process)
 
     def on_exit(self, child: Child, how: str) -> None:
@@ -165,8 +182,8 @@ class Instances:
             self._display.note(f"retired {name}")
         elif is_failed_start:  # whoever wanted it may ask again
             self._display.note(f"{name} could not be added: {reason}")
-        else:
-            self._start_again(seat, name, how)
+        elif not self._is_closing:
+            self._start_again(seat, name, reason)
 
     def _start_again(self, seat: _Seat, name: str, how: str) -> None:
         now_s = time.monotonic()
@@ -177,4 +194,8 @@ class Instances:
         self._display.note(f"{name} {how}; {seat.backoff.describe()}")
         seat.epoch += 1
         seat.failure = None
-        self._timers.at(now_s + delay_s, lambda: self._fill(seat))
+        self._timers.at(now_s + delay_s, lambda: self._refill(seat))
+
+    def _refill(self, seat: _Seat) -> None:
+        if not self._is_closing:
+            self._fill(seat)

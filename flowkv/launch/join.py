@@ -18,7 +18,18 @@ from flowkv.launch.addresses import check_local, resolve_endpoint, resolve_host,
 from flowkv.launch.display import Display
 from flowkv.launch.model import resolve_model
 from flowkv.launch.node import Node, running_node
-from flowkv.messages import ControllerBeat, Dismissed, Introduce, Join, Leave, NodeBeat, StopInstance, Welcome
+from flowkv.messages import (
+    ControllerBeat,
+    Dismissed,
+    Introduce,
+    Join,
+    Leave,
+    LeaveSoon,
+    NodeBeat,
+    RestartInstance,
+    StopInstance,
+    Welcome,
+)
 from flowkv.types import Role
 from flowkv.wire import Mailbox, tcp_address
 
@@ -79,8 +90,23 @@ class _Membership:
             self._turn(welcome)
         names = ", ".join(node.instances.names)
         display.ready(f"joined {self._options.controller} as {welcome.node}: {names}; Ctrl-C leaves it")
-        while True:
+        node.signals.lets_drain = True
+        while not node.signals.is_drain_asked:
             self._turn(welcome)
+        self._drain(welcome)
+
+    def _drain(self, welcome: Welcome) -> None:
+        """The controller lets the instances finish what they have, and ends them one by one."""
+        node, timeout_s = self._node, welcome.config.server.drain_timeout_s
+        node.instances.close()
+        node.outbox.send(self._controller_address, LeaveSoon(self._launcher))
+        count = len(node.instances.names)
+        instances = f"{count} instance{'' if count == 1 else 's'}"
+        node.display.note(f"draining: {instances}, at most {timeout_s:g} s; Ctrl-C again stops at once")
+        deadline_s = time.monotonic() + timeout_s
+        while node.instances.names and time.monotonic() < deadline_s:
+            self._turn(welcome)
+        node.display.note("stopping")
 
     def _ask(self) -> Welcome:
         """Until the controller answers, which may start later than this."""
@@ -148,6 +174,8 @@ class _Membership:
                     self._introduce(self._welcome.node)
                 case StopInstance():
                     self._node.instances.retire(message.instance)
+                case RestartInstance():
+                    self._node.instances.restart(message.instance, message.hangs)
                 case Dismissed():
                     raise FlowKVError(message.reason)
                 case _:

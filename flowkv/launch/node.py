@@ -30,6 +30,7 @@ from flowkv.messages import (
     Note,
     Progress,
     Ready,
+    RestartInstance,
     Serving,
     StartFailed,
     StartInstance,
@@ -158,6 +159,8 @@ class Node:
                 self.signals.ask_drain()
             case StopInstance():
                 self.instances.retire(message.instance)
+            case RestartInstance():
+                self.instances.restart(message.instance, message.hangs)
             case _:
                 _logger.warning("the launcher does not take a %s", type(message).__name__)
 

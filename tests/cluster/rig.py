@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from flowkv import __version__
 from flowkv.cluster.controller import Controller
-from flowkv.config import SchedulingConfig, SloConfig
+from flowkv.config import RestartConfig, SchedulingConfig, SloConfig
 from flowkv.cost import prefill_pairs
 from flowkv.messages import (
     ClusterStatus,
@@ -43,10 +43,12 @@ class Rig:
         scheduling: SchedulingConfig = FIXED,
         slo: SloConfig | None = None,
         launcher_address: str | None = None,
+        restart: RestartConfig | None = None,
     ) -> None:
         self.controller = Controller(
-            len(roles), "epoch", "local", LEASE_S, slo=slo, scheduling=scheduling, launcher_address=launcher_address
-        )
+            len(roles), "epoch", "local", LEASE_S, slo=slo, scheduling=scheduling, launcher_address=launcher_address,
+            restart=restart,
+        )  # fmt: skip
         self.now_s = 0.0
         self.controller.tick(self.now_s)
         self.num_blocks = num_blocks

@@ -22,7 +22,8 @@ from tests.e2e.test_toy_cluster import CHECKED, toy_tokens
 LEASE_S = 0.5
 # Prompts take many steps, and pools (1,024 tokens) are small enough that blocks are in use again soon.
 SLOW = ("--set", "toy_step_s=0.01", "--set", "engine.max_batch_tokens=16", "--kv-memory", "48KiB")
-OPTIONS = (*CHECKED, *SLOW, "--set", f"transfer.lease_s={LEASE_S}")
+PATIENT = ("--set", "restart.hung=false")  # whoever is stopped is woken by the test, and may be late in that
+OPTIONS = (*CHECKED, *SLOW, *PATIENT, "--set", f"transfer.lease_s={LEASE_S}")
 
 
 @dataclass(frozen=True)

@@ -102,3 +102,13 @@ def test_what_is_killed_stays_neither_as_a_process_nor_as_a_zombie() -> None:
             num_lines = kill(server, victim)
             server.wait_for_line(re.compile(f"{victim}~1: ready"), num_lines)
             eventually(lambda pid=pid: not Path(f"/proc/{pid}").exists(), f"{victim} is gone")  # type: ignore[misc]
+
+
+def test_an_instance_that_hangs_is_killed_and_another_takes_its_place() -> None:
+    with serving(*CHECKED) as server:
+        num_lines = len(server.lines)
+        os.kill(server.pid_of("decode-0"), signal.SIGSTOP)
+        server.wait_for_line(re.compile("decode-0 said nothing for too long; starting it again"), num_lines)
+        server.wait_for_line(re.compile("decode-0~1: ready"), num_lines)
+        check_answers(server, seed=4)
+        check_all_free(server)
