@@ -73,6 +73,12 @@ def _doctor(args: argparse.Namespace) -> int:
     return (show_json if args.json else show)(examine(config, look_at_machine(), args.controller))
 
 
+def _restart(args: argparse.Namespace) -> None:
+    from flowkv.restart import restart
+
+    restart(args.url, args.instance, lambda text: print(text, flush=True))
+
+
 def _key(args: argparse.Namespace) -> None:
     from flowkv.auth import new_key
 
@@ -116,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_join(commands)
     _add_top(commands)
     _add_doctor(commands)
+    _add_restart(commands)
     add_simulate(commands)
     add_plan(commands)
     add_profile(commands)
@@ -156,9 +163,29 @@ def _add_logging(parser: argparse.ArgumentParser, defaults: LoggingConfig) -> No
     )
 
 
-def _add_top(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _default_url() -> str:
     defaults = ClusterConfig().server
-    url = f"http://{defaults.host}:{defaults.port}"
+    return f"http://{defaults.host}:{defaults.port}"
+
+
+def _add_restart(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    restart = commands.add_parser(
+        "restart",
+        help="restart the instances of a running cluster one after another, losing nothing",
+        description="Restart instances of a running cluster one after another: each finishes what it has while the "
+        "others take what comes, and the next one's turn is when its successor is in service. Ends when all are "
+        "replaced. An operators' key is taken from the variable FLOWKV_ADMIN_KEY.",
+    )
+    restart.set_defaults(command=_restart)
+    url = _default_url()
+    restart.add_argument("url", nargs="?", metavar="URL", default=url, help=f"of its server (default: {url})")
+    restart.add_argument(
+        "--instance", action="append", default=[], metavar="NAME", help="this one alone; several times for several"
+    )
+
+
+def _add_top(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    url = _default_url()
     top = commands.add_parser(
         "top",
         help="show the instances of a running cluster and what they do",

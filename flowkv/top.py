@@ -1,26 +1,22 @@
 """`flowkv top`: the instances of a cluster, and what they do at the moment, as a table that follows them."""
 
 import contextlib
-import http.client
 import itertools
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 
-import msgspec
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from flowkv.errors import ConfigError
+from flowkv.remote import Remote
+from flowkv.restart import describe
 from flowkv.server.cluster_view import ClusterView
 from flowkv.server.rates import Rates
 from flowkv.types import InstanceStatus, Regime
 
-_TIMEOUT_S = 5.0
 _STALE_S = 3.0  # the controller speaks four times a second
 _FULL_WIDTH = 100  # a narrower terminal gets fewer columns
 _REGIME_STYLES = {Regime.NORMAL: "green", Regime.UNDERLOADED: "cyan", Regime.IMBALANCED: "yellow"}
@@ -52,7 +48,7 @@ def top(url: str, interval_s: float, once: bool) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=max(console.width, _FULL_WIDTH))
-    tables = _tables(url if "://" in url else f"http://{url}", interval_s, console.width)
+    tables = _tables(Remote(url), interval_s, console.width)
     with contextlib.suppress(KeyboardInterrupt):
         if once:
             console.print(next(itertools.islice(tables, 1, None)))
@@ -65,30 +61,15 @@ def top(url: str, interval_s: float, once: bool) -> None:
                     live.update(table, refresh=True)
 
 
-def _tables(url: str, interval_s: float, width: int) -> Iterator[Group]:
-    before = view = fetch(url)
+def _tables(remote: Remote, interval_s: float, width: int) -> Iterator[Group]:
+    before = view = remote.view()
     while True:
         yield render(before, view, width)
         time.sleep(interval_s)
-        later = fetch(url)
+        later = remote.view()
         if later.time_s > view.time_s:
             before = view
         view = later
-
-
-def fetch(url: str) -> ClusterView:
-    """ConfigError if nothing answers at `url`, or not as FlowKV does."""
-    try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/cluster", timeout=_TIMEOUT_S) as answer:
-            return msgspec.json.decode(answer.read(), type=ClusterView)
-    except (urllib.error.HTTPError, http.client.HTTPException, msgspec.DecodeError) as error:
-        raise ConfigError(f"what answers at {url} is no FlowKV: {error}") from error
-    except urllib.error.URLError as error:
-        raise ConfigError(f"nothing answers at {url}: {error.reason}") from error
-    except OSError as error:
-        raise ConfigError(f"nothing answers at {url}: {error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{url} is no URL: {error}") from error
 
 
 def render(before: ClusterView, after: ClusterView, width: int = _FULL_WIDTH) -> Group:
@@ -116,6 +97,10 @@ def _headline(view: ClusterView) -> Text:
     )
     if not view.is_ready:
         text.append("  not ready", "red")
+    if view.rolling.instance:
+        text.append(f"  restarting {describe(view.rolling)}", "yellow")
+    elif view.rolling.failure:
+        text.append(f"  restart given up: {view.rolling.failure}", "red")
     if view.age_s > _STALE_S:
         text.append(f"  nothing heard of the controller for {view.age_s:.0f} s", "red")
     return text

@@ -1,16 +1,9 @@
-import http.server
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import msgspec
-import pytest
 from rich.console import Console
 
-from flowkv.errors import ConfigError
 from flowkv.server.cluster_view import ClusterView
-from flowkv.top import fetch, render
-from flowkv.types import InstanceCounters, InstanceLoad, InstanceStatus, Regime, Role
+from flowkv.top import render
+from flowkv.types import InstanceCounters, InstanceLoad, InstanceStatus, Regime, Role, RollingRestart
 
 
 def status(name: str, role: Role = Role.DECODE, **counters: float) -> InstanceStatus:
@@ -71,39 +64,10 @@ def test_a_narrow_terminal_gets_fewer_columns_and_no_broken_ones() -> None:
     assert not any("\N{HORIZONTAL ELLIPSIS}" in line for line in shown)
 
 
-@contextmanager
-def answering(status: int, body: bytes) -> Iterator[str]:
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-def test_a_view_comes_over_http_as_it_is() -> None:
-    view = ClusterView(time_s=1.0, instances=[status("d0", num_steps=3)], regime=Regime.IMBALANCED)
-    with answering(200, msgspec.json.encode(view)) as url:
-        assert fetch(url) == fetch(f"{url}/") == view
-
-
-@pytest.mark.parametrize(("code", "body"), [(404, b"{}"), (200, b"<html>"), (200, b'{"time_s": "now"}')])
-def test_another_server_is_one_line(code: int, body: bytes) -> None:
-    with answering(code, body) as url, pytest.raises(ConfigError, match=f"what answers at {url} is no FlowKV"):
-        fetch(url)
-    with pytest.raises(ConfigError, match=f"nothing answers at {url}"):
-        fetch(url)
-
-
-def test_an_address_that_cannot_be_is_one_line() -> None:
-    with pytest.raises(ConfigError, match="http://\\[::1"):
-        fetch("http://[::1")
+def test_a_rolling_restart_is_shown_and_so_is_its_failure() -> None:
+    rolling = RollingRestart("token", "decode-1", "draining", 1, 2)
+    [headline, *_] = lines(*[ClusterView(time_s=0.0, is_ready=True, rolling=rolling)] * 2, width=160)
+    assert "restarting decode-1: draining (1 done, 2 left after it)" in headline
+    failed = RollingRestart("token", failure="no successor of decode-1 is in service")
+    [headline, *_] = lines(*[ClusterView(time_s=0.0, is_ready=True, rolling=failed)] * 2, width=160)
+    assert "restart given up: no successor of decode-1 is in service" in headline

@@ -307,6 +307,11 @@ class Controller:
         for request_id in [r for r, a in self._assignments.items() if a.frontend == message.frontend]:
             self._on_abort(Abort(request_id))
             self._settle(request_id)
+        self._lost = {
+            request_id: frontend for request_id, frontend in self._lost.items() if frontend != message.frontend
+        }
+        if self._rebuild is not None:
+            self._rebuild.frontend_gone(message.frontend)
         if (address := self._frontends.pop(message.frontend, None)) is None:
             return
         self.gone_addresses.append(address)

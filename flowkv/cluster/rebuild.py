@@ -58,6 +58,10 @@ class Rebuild:
         self._expected.discard(instance)
         self._holders = {request_id: name for request_id, name in self._holders.items() if name != instance}
 
+    def frontend_gone(self, frontend: str) -> None:
+        """What it has kept nobody waits for any more."""
+        self._kept = {request_id: message for request_id, message in self._kept.items() if message.frontend != frontend}
+
     def pass_time(self, elapsed_s: float) -> list[Submit]:
         """What was kept, once everyone is back or too much time has passed."""
         self._passed_s += elapsed_s

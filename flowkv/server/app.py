@@ -14,6 +14,7 @@ from flowkv import __version__
 from flowkv.config import ServerConfig
 from flowkv.errors import RequestError
 from flowkv.server import unsupported
+from flowkv.server.admin import AdminApi
 from flowkv.server.chat_api import ChatApi
 from flowkv.server.completions_api import CompletionsApi
 from flowkv.server.dashboard import Dashboard
@@ -41,6 +42,7 @@ def create_app(frontend: Frontend, model_name: str, config: ServerConfig) -> Sta
         *ResponsesApi(service).endpoints(),
         *TokensApi(service).endpoints(),
         *StatusApi(service).endpoints(),
+        *AdminApi(frontend, config.drain_timeout_s).endpoints(),
         *Dashboard(service).endpoints(),
         *RequestsApi(frontend).endpoints(),
     ]

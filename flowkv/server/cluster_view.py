@@ -3,7 +3,7 @@
 import msgspec
 
 from flowkv.messages import ClusterStatus
-from flowkv.types import InstanceStatus, Regime
+from flowkv.types import InstanceStatus, Regime, RollingRestart
 
 
 class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,6 +19,7 @@ class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
     regime: Regime = Regime.NORMAL
     num_flips: int = 0
     num_refused: int = 0
+    rolling: RollingRestart = RollingRestart()
     instances: list[InstanceStatus] = []
 
     @classmethod
@@ -31,5 +32,6 @@ class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
             regime=status.regime,
             num_flips=status.num_flips,
             num_refused=status.num_refused,
+            rolling=status.rolling,
             instances=status.instances,
         )

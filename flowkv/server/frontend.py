@@ -21,6 +21,7 @@ from flowkv.messages import (
     ClusterStatus,
     FrontendHello,
     Lost,
+    Message,
     Outputs,
     Rejected,
     Submit,
@@ -110,6 +111,7 @@ class Frontend:
         beat_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
         on_ready: Callable[[], None] = lambda: None,
+        tell_launcher: Callable[[Message], None] = lambda _: None,
         limits: LimitsConfig | None = None,
         num_kept: int = TracingConfig().keep_requests,
     ) -> None:
@@ -134,6 +136,7 @@ class Frontend:
         self._is_closed = False
         self._drained_by_s: float | None = None  # nothing new is taken
         self._on_ready: Callable[[], None] | None = on_ready
+        self.tell_launcher = tell_launcher
 
     @property
     def is_ready(self) -> bool:
@@ -235,6 +238,10 @@ class Frontend:
                 if choice.finish_reason is None:
                     live.stream.put(choice.end(FinishReason.ABORT, "the server is shutting down"))
 
+    def tell_controller(self, message: Message) -> None:
+        """What an operator wants of it."""
+        self._send(message)
+
     def close_mailbox(self) -> None:
         """Once `run` has ended; a context with an open socket cannot end."""
         self._mailbox.close()
@@ -310,7 +317,7 @@ class Frontend:
             if choice.finish_reason is None:
                 self.metrics.count_finished(FinishReason.ERROR)
 
-    def _send(self, message: AnyMessage) -> None:
+    def _send(self, message: Message) -> None:
         self._outbox.send(self._controller_address, message)
 
     def _abort_all(self, lives: list[LiveRequest]) -> None:

@@ -86,6 +86,7 @@ def _frontend(
         spec.name, AsyncMailbox(context, spec.address, spec.key), outbox, spec.controller_address, tokenizer,
         on_ready=lambda: outbox.send(spec.launcher_address, Serving(spec.name)), limits=spec.limits,
         num_kept=spec.tracing.keep_requests,
+        tell_launcher=lambda message: outbox.send(spec.launcher_address, message),
     )  # fmt: skip
     for listener in listeners:
         frontend.journal.listen(listener)

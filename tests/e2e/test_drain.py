@@ -100,3 +100,10 @@ def test_a_frontend_that_dies_meanwhile_is_not_followed_by_another() -> None:
             with pytest.raises(httpx.RemoteProtocolError):
                 answer.result(30.0)
         eventually(lambda: server.processes() == [], "everything has ended")
+
+
+def test_an_operator_may_ask_for_it() -> None:
+    with serving(*CHECKED, *SLOW_STEPS) as server, streaming(server, 2, max_tokens=60) as answers:
+        assert server.client.post("/admin/drain").json() == {"num_requests": 2, "timeout_s": 30.0}
+        assert [answer.result(30.0) for answer in answers] == finished(2, 60)
+        assert server.wait() == 0
