@@ -66,8 +66,10 @@ def test_a_narrow_terminal_gets_fewer_columns_and_no_broken_ones() -> None:
 
 def test_a_rolling_restart_is_shown_and_so_is_its_failure() -> None:
     rolling = RollingRestart("token", "decode-1", "draining", 1, 2)
-    [headline, *_] = lines(*[ClusterView(time_s=0.0, is_ready=True, rolling=rolling)] * 2, width=160)
+    view = ClusterView(time_s=0.0, is_ready=True, rolling=rolling)
+    [headline, *_] = lines(view, view, width=160)
     assert "restarting decode-1: draining (1 done, 2 left after it)" in headline
     failed = RollingRestart("token", failure="no successor of decode-1 is in service")
-    [headline, *_] = lines(*[ClusterView(time_s=0.0, is_ready=True, rolling=failed)] * 2, width=160)
+    view = ClusterView(time_s=0.0, is_ready=True, rolling=failed)
+    [headline, *_] = lines(view, view, width=160)
     assert "restart given up: no successor of decode-1 is in service" in headline

@@ -8,6 +8,7 @@ from flowkv.messages import (
     Accepted,
     ClusterStatus,
     Dispatch,
+    FrontendExited,
     FrontendHello,
     InstanceExited,
     Introduce,
@@ -17,6 +18,7 @@ from flowkv.messages import (
     PeerDown,
     PeerInfo,
     Register,
+    Registered,
     Submit,
 )
 from flowkv.types import InstanceCounters, InstanceLoad, Request, Role, SamplingParams
@@ -163,3 +165,14 @@ def test_instances_of_other_nodes_get_time_to_come_back() -> None:
     assert rig.wait(2) == []
     rig.register("far@node-1", running=("r",))
     assert ("f", Accepted("r")) in rig.wait(2)
+
+
+def test_of_a_frontend_that_died_meanwhile_nothing_is_kept() -> None:
+    rig = Restarted("a", "b")
+    rig.submit("r", is_claim=True)
+    rig.submit("new")
+    rig.take(FrontendExited("f"))
+    rig.register("a", running=("r",))
+    rig.register("b")
+    said = [message for _, message in rig.wait(15)]
+    assert [message for message in said if not isinstance(message, Registered)] == [Abort("r")]
