@@ -35,6 +35,9 @@ class ByteTokenizer:
     def token_piece(self, token_id: int) -> str:
         return self.token_text(token_id)
 
+    def is_token(self, text: str) -> bool:
+        return False
+
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id])
 

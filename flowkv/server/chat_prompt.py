@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 
-from flowkv.errors import RequestError
 from flowkv.server.chat_body import ChatBody
 from flowkv.server.chat_template import Conversation
 from flowkv.server.parameters import Binding
-from flowkv.server.structured import Constraint
 from flowkv.server.text_service import TextService
 from flowkv.server.tools.plan import ToolPlan
 
@@ -22,8 +20,10 @@ async def chat_prompt(service: TextService, body: ChatBody, num_chars: int) -> C
     """`num_chars`: at least of what is to be tokenized. Raises `RequestError`."""
     service.check_model(body.model)
     service.frontend.limits()  # nothing is tokenized for a cluster that is not there
-    plan = service.tool_planner.plan(body.tools, body.tool_choice, parallel=body.parallel_tool_calls is not False)
-    binding = await service.binding(_constraint(body, plan))
+    plan = service.tool_planner.plan(
+        body.tools, body.tool_choice, body.constraint, parallel=body.parallel_tool_calls is not False
+    )
+    binding = await service.binding(plan.constraint)
     conversation = Conversation(
         [message.plain() for message in body.messages],
         plan.shown,
@@ -33,12 +33,3 @@ async def chat_prompt(service: TextService, body: ChatBody, num_chars: int) -> C
     )
     token_ids = await service.off_loop(num_chars, lambda: service.tokenizer.encode_chat(conversation))
     return ChatPrompt(token_ids, plan, binding)
-
-
-def _constraint(body: ChatBody, plan: ToolPlan) -> Constraint | None:
-    """Calls that are required go before the format that answers in text should have."""
-    asked = body.constraint
-    if asked is not None and plan.shown and plan.constraint is None:
-        reason = f'{asked.param} would keep the model from calling tools: set tool_choice to "none" or "required"'
-        raise RequestError(reason, param=asked.param)
-    return plan.constraint or asked

@@ -28,7 +28,7 @@ class TextService:
         self.frontend = frontend
         self.tokenizer = frontend.tokenizer
         self.model_name = model_name
-        self.tool_planner = ToolPlanner(self.tokenizer.tool_template, config.tool_parser)
+        self.tool_planner = ToolPlanner(self.tokenizer, config.tool_parser)
         self._grammar_check = GrammarCheck(self.tokenizer)
         self._max_body_bytes = config.max_body_bytes
 

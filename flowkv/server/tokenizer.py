@@ -51,6 +51,10 @@ class Tokenizer(Protocol):
         """The token's entry in the vocabulary; empty for an id that has none."""
         ...
 
+    def is_token(self, text: str) -> bool:
+        """One that was added to the vocabulary as a whole, as markers are."""
+        ...
+
     def token_bytes(self, token_id: int) -> bytes:
         """What it adds to the text in UTF-8; maybe a part of a character."""
         ...
@@ -73,6 +77,7 @@ class ModelTokenizer:
         config = read_json(folder / "tokenizer_config.json")
         self._templates = _load_templates(folder, config)
         added = self._tokenizer.get_added_tokens_decoder()
+        self._added = frozenset(token.content for token in added.values())
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.eos_token_ids = eos_token_ids(folder, self._tokenizer)
         self.token_text = lru_cache(maxsize=65536)(self._token_text)
@@ -110,6 +115,9 @@ class ModelTokenizer:
     def small(self) -> str:
         added = self._tokenizer.get_added_tokens_decoder().values()
         return small_tokenizer(self._tokenizer.decoder, [token.content for token in added])
+
+    def is_token(self, text: str) -> bool:
+        return text in self._added
 
     def token_bytes(self, token_id: int) -> bytes:
         return token_bytes(self.token_text(token_id), self._tokenizer.id_to_token(token_id))

@@ -105,14 +105,14 @@ def test_what_came_out_can_go_back_in(ending: Served, client: openai.OpenAI) -> 
 
 
 def test_calls_of_a_whole_answer(ending: Served, client: openai.OpenAI) -> None:
-    ending.cluster.answer = with_end('{"x": 5}')
+    ending.cluster.answer = with_end('<tool_call>\n{"name": "f", "arguments": {"x": 5}}\n</tool_call>')
     answer = client.responses.create(
         model="toy", input="hi", tools=[TOOL], tool_choice={"type": "function", "name": "f"}
     )
     (call,) = answer.output
     assert (call.type, call.arguments, answer.status) == ("function_call", '{"x": 5}', "completed")  # type: ignore[union-attr]
     grammar = ending.cluster.requests[0].sampling.grammar
-    assert grammar is not None and json.loads(grammar.text) == TOOL["parameters"]
+    assert grammar is not None and '"const": "f"' in grammar.text
 
 
 def test_a_whole_answer_has_the_items_of_the_stream(ending: Served) -> None:

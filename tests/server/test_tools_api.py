@@ -102,18 +102,18 @@ def test_tools_that_may_not_be_called_are_not_shown(served: Served, client: open
 
 
 def test_required_calls_are_bound_by_a_grammar(served: Served, client: openai.OpenAI) -> None:
-    served.cluster.answer = stopping('[{"name": "g", "parameters": {"x": 2}}]')
+    served.cluster.answer = stopping('<tool_call>\n{"name": "g", "arguments": {"x": 2}}\n</tool_call>')
     (choice,) = ask(client, tools=TOOLS, tool_choice="required").choices
     assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
     (call,) = choice.message.tool_calls
     assert (call.function.name, call.function.arguments) == ("g", '{"x": 2}')
     grammar = served.cluster.requests[0].sampling.grammar
-    assert grammar is not None and grammar.kind is GrammarKind.JSON_SCHEMA
+    assert grammar is not None and grammar.kind is GrammarKind.GRAMMAR
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_named_function_is_called(served: Served, client: openai.OpenAI, stream: bool) -> None:
-    served.cluster.answer = stopping('{"x": 3}')
+    served.cluster.answer = stopping('<tool_call>\n{"name": "g", "arguments": {"x": 3}}\n</tool_call>')
     choice = {"type": "function", "function": {"name": "g"}}
     answer = ask(client, tools=TOOLS, tool_choice=choice, stream=stream)
     if stream:
@@ -125,7 +125,7 @@ def test_a_named_function_is_called(served: Served, client: openai.OpenAI, strea
     assert (call.function.name, call.function.arguments) == ("g", '{"x": 3}')
     grammar = served.cluster.requests[0].sampling.grammar
     assert grammar is not None
-    assert json.loads(grammar.text) == TOOLS[1]["function"]["parameters"]
+    assert '"const": "g"' in grammar.text and '"const": "f"' not in grammar.text
 
 
 def test_the_results_of_calls_reach_the_template(served: Served, client: openai.OpenAI) -> None:
@@ -144,10 +144,20 @@ def test_the_results_of_calls_reach_the_template(served: Served, client: openai.
     assert b"tool: 42\n" in prompt
 
 
-def test_tools_and_a_format_of_text_do_not_go_together(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="tool_choice") as caught:
-        ask(client, tools=TOOLS, response_format={"type": "json_object"})
-    assert caught.value.param == "response_format"
+def test_calls_or_an_answer_that_follows_its_format(served: Served, client: openai.OpenAI) -> None:
+    for text, content, num_calls in (('{"a": 1}', '{"a": 1}', 0), (TWO_CALLS.removeprefix("Sure.\n"), None, 2)):
+        served.cluster.answer = stopping(text)
+        (choice,) = ask(client, tools=TOOLS, response_format={"type": "json_object"}).choices
+        assert (choice.message.content, len(choice.message.tool_calls or [])) == (content, num_calls)
+    grammar = served.cluster.requests[0].sampling.grammar
+    assert grammar is not None and "calls | answer" in grammar.text
+
+
+def test_calls_or_an_answer_that_is_no_json(client: openai.OpenAI) -> None:
+    for fields in ({"guided_regex": "a+"}, {"guided_json": "{"}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(client, tools=TOOLS, extra_body=fields)
+        assert caught.value.param in fields
 
 
 # --- structured output -----------------------------------------------------------------------------------------------

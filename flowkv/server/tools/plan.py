@@ -1,28 +1,27 @@
 """How one conversation's tools are shown to the model, asked for and read."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from flowkv.errors import RequestError
-from flowkv.server.structured import Constraint, schema_grammar
+from flowkv.server.structured import Constraint
+from flowkv.server.tokenizer import Tokenizer
 from flowkv.server.tool_body import NamedTool, Tool, ToolChoice
+from flowkv.server.tools.bound import Bound, BoundCalls, JsonCalls, TaggedCalls
 from flowkv.server.tools.formats import FORMATS, find_format
-from flowkv.server.tools.json_formats import call_list
-from flowkv.server.tools.reader import AnswerReader, NamedReader, PlainReader, ToolReader
+from flowkv.server.tools.reader import NewReader, PlainReader, ToolReader
 from flowkv.server.tools.tool_format import ToolFormat, ToolSchemas
 
-_REQUIRED = ToolFormat(call_list)
-_DEFINITIONS = ("$defs", "definitions")
+_NO_PARAMETERS: dict[str, Any] = {"properties": {}, "additionalProperties": False}
 
 
 @dataclass(frozen=True, slots=True)
 class ToolPlan:
     shown: list[dict[str, Any]] | None = None  # to the chat template
-    new_reader: Callable[[], AnswerReader] = PlainReader
-    constraint: Constraint | None = None  # where the model has no choice
+    new_reader: NewReader = PlainReader
+    constraint: Constraint | None = None  # what the answer must be
     markers: tuple[str, ...] = ()  # special tokens that the reader must see
     id_length: int = 24
 
@@ -30,36 +29,48 @@ class ToolPlan:
 class ToolPlanner:
     """For one model."""
 
-    def __init__(self, template: str | None, parser: str) -> None:
-        """`template`: of the chats with tools, if there is one; `parser`: as `server.tool_parser`."""
-        self._has_template = template is not None
+    def __init__(self, tokenizer: Tokenizer, parser: str) -> None:
+        """`parser` as `server.tool_parser`."""
+        template = tokenizer.tool_template
         name = find_format(template or "") if parser == "auto" else parser
+        self._shows_tools = template is not None
         self._format = None if name is None else FORMATS[name]
+        self._bound: BoundCalls = JsonCalls()
+        if template is not None and name == "hermes":
+            self._bound = TaggedCalls(FORMATS[name], tokenizer.is_token)
 
-    def plan(self, tools: list[Tool] | None, choice: ToolChoice | None, *, parallel: bool) -> ToolPlan:
-        """Raises `RequestError` (400) where the model would never see the tools, or its calls could not be read."""
+    def plan(
+        self, tools: list[Tool] | None, choice: ToolChoice | None, asked: Constraint | None, *, parallel: bool
+    ) -> ToolPlan:
+        """`asked`: what an answer in text must be.
+
+        Raises `RequestError` (400) where the model would never see the tools, or its calls could not be read.
+        """
         if not tools or choice == "none":
-            return ToolPlan()
+            return ToolPlan(constraint=asked)
+        schemas = {tool.function.name: _schema(tool) for tool in tools}
         shown: list[dict[str, Any]] = [msgspec.to_builtins(tool) for tool in tools]
-        schemas = {tool.function.name: tool.function.parameters or _NO_PARAMETERS for tool in tools}
-        id_length = 24 if self._format is None else self._format.id_length
+        if choice in (None, "auto") and asked is None:
+            tool_format = self._known_format()
+            return self._plan(shown, lambda: ToolReader(tool_format, schemas, parallel=parallel), None)
+        bound = self._bind(schemas, choice, asked, parallel)
+        return self._plan(shown, bound.new_reader, bound.constraint)
+
+    def _bind(self, schemas: ToolSchemas, choice: ToolChoice | None, asked: Constraint | None, parallel: bool) -> Bound:
         if isinstance(choice, NamedTool):
-            name = choice.function.name
-            constraint = Constraint(schema_grammar(schemas[name]), "tools")
-            return ToolPlan(shown, lambda: NamedReader(name), constraint, id_length=id_length)
-        if choice == "required":
-            constraint = Constraint(schema_grammar(required_schema(schemas, parallel=parallel)), "tools")
-            return ToolPlan(
-                shown, lambda: ToolReader(_REQUIRED, schemas, parallel=parallel), constraint, id_length=id_length
-            )
-        found = self._known_format()
-        return ToolPlan(
-            shown, lambda: ToolReader(found, schemas, parallel=parallel), None, found.markers, found.id_length
-        )
+            return self._bound.named(schemas, choice.function.name)
+        if choice == "required" or asked is None:
+            return self._bound.required(schemas, parallel=parallel)
+        return self._bound.optional(schemas, asked, parallel=parallel)
+
+    def _plan(self, shown: list[dict[str, Any]], new_reader: NewReader, constraint: Constraint | None) -> ToolPlan:
+        if self._format is None:
+            return ToolPlan(shown, new_reader, constraint)
+        return ToolPlan(shown, new_reader, constraint, self._format.markers, self._format.id_length)
 
     def _known_format(self) -> ToolFormat:
         enforced = 'with tool_choice "required" or a function\'s name calls are enforced'
-        if not self._has_template:
+        if not self._shows_tools:
             raise RequestError(f"the model's chat template does not show tools; {enforced}", param="tools")
         if self._format is None:
             reason = f"how this model writes tool calls is not known: set server.tool_parser; {enforced}"
@@ -67,34 +78,7 @@ class ToolPlanner:
         return self._format
 
 
-_NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
-
-
-def required_schema(tools: ToolSchemas, *, parallel: bool) -> dict[str, Any]:
-    """Of a list of calls, one at least. Definitions move to the top, where references look for them.
-
-    Raises `RequestError` (400) where two functions define different things under one name.
-    """
-    definitions: dict[str, dict[str, Any]] = {}
-    calls = []
-    for name, parameters in tools.items():
-        for key in _DEFINITIONS:
-            _merge(definitions.setdefault(key, {}), parameters.get(key) or {})
-        schema = {key: value for key, value in parameters.items() if key not in _DEFINITIONS}
-        calls.append(
-            {
-                "type": "object",
-                "properties": {"name": {"const": name}, "parameters": schema},
-                "required": ["name", "parameters"],
-                "additionalProperties": False,
-            }
-        )
-    bounds = {"minItems": 1} if parallel else {"minItems": 1, "maxItems": 1}
-    found = {key: value for key, value in definitions.items() if value}
-    return {"type": "array", **bounds, "items": {"anyOf": calls}, **found}
-
-
-def _merge(known: dict[str, Any], more: dict[str, Any]) -> None:
-    for name, definition in more.items():
-        if known.setdefault(name, definition) != definition:
-            raise RequestError(f"two functions of tools define {name!r} differently", param="tools")
+def _schema(tool: Tool) -> dict[str, Any]:
+    """Arguments are an object, said or not."""
+    parameters = tool.function.parameters
+    return {"type": "object", **(_NO_PARAMETERS if parameters is None else parameters)}

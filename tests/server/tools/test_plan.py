@@ -1,21 +1,31 @@
-import json
 from typing import Any
 
 import pytest
 
 from flowkv.config import TOOL_PARSERS
 from flowkv.errors import RequestError
+from flowkv.server.byte_tokenizer import ByteTokenizer
+from flowkv.server.structured import Constraint
 from flowkv.server.tool_body import Function, FunctionChoice, NamedTool, Tool
 from flowkv.server.tools.formats import FORMATS
-from flowkv.server.tools.plan import ToolPlanner, required_schema
+from flowkv.server.tools.plan import ToolPlan, ToolPlanner
 from flowkv.server.tools.reader import call_id
+from flowkv.types import Grammar, GrammarKind
 
 HERMES = "{{ tools }}<tool_call>"
 TOOLS = [Tool("function", Function("f", parameters={"type": "object"})), Tool("function", Function("g", "does"))]
+ANY_OBJECT = Constraint(Grammar(kind=GrammarKind.JSON_OBJECT), "response_format")
 
 
-def named(name: str) -> NamedTool:
-    return NamedTool("function", FunctionChoice(name))
+class Templated(ByteTokenizer):
+    def __init__(self, template: str | None) -> None:
+        self.tool_template = template  # type: ignore[assignment]
+
+
+def plan(
+    template: str | None, choice: Any, asked: Constraint | None = None, tools: list[Tool] = TOOLS, parser: str = "auto"
+) -> ToolPlan:
+    return ToolPlanner(Templated(template), parser).plan(tools, choice, asked, parallel=True)
 
 
 def test_every_format_can_be_configured() -> None:
@@ -24,57 +34,50 @@ def test_every_format_can_be_configured() -> None:
 
 @pytest.mark.parametrize("choice", [None, "auto"])
 def test_calls_are_read_in_the_models_own_format(choice: Any) -> None:
-    plan = ToolPlanner(HERMES, "auto").plan(TOOLS, choice, parallel=True)
-    assert plan.shown == [
+    found = plan(HERMES, choice)
+    assert found.shown == [
         {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}},
         {"type": "function", "function": {"name": "g", "description": "does"}},
     ]
-    assert plan.constraint is None
-    assert "<tool_call>" in plan.markers
+    assert found.constraint is None
+    assert "<tool_call>" in found.markers
 
 
 def test_what_is_not_to_be_called_is_not_shown() -> None:
-    planner = ToolPlanner(None, "auto")
-    assert planner.plan(TOOLS, "none", parallel=True).shown is None
-    assert planner.plan([], None, parallel=True).shown is None
+    assert plan(None, "none", ANY_OBJECT) == ToolPlan(constraint=ANY_OBJECT)
+    assert plan(None, None, tools=[]) == ToolPlan()
 
 
 def test_a_configured_parser_goes_before_what_the_template_shows() -> None:
-    assert ToolPlanner(HERMES, "mistral").plan(TOOLS, None, parallel=True).id_length == 9
+    assert plan(HERMES, None, parser="mistral").id_length == 9
 
 
 @pytest.mark.parametrize(("template", "reason"), [(None, "does not show tools"), ("{{ tools }}", "server.tool_parser")])
 def test_tools_that_would_come_to_nothing_are_refused(template: str | None, reason: str) -> None:
     with pytest.raises(RequestError, match=reason):
-        ToolPlanner(template, "auto").plan(TOOLS, None, parallel=True)
+        plan(template, None)
 
 
-def test_a_named_function_is_bound_by_its_parameters() -> None:
-    plan = ToolPlanner(None, "auto").plan(TOOLS, named("f"), parallel=True)
-    assert plan.constraint is not None
-    assert json.loads(plan.constraint.grammar.text) == {"type": "object"}
-    without = ToolPlanner(None, "auto").plan(TOOLS, named("g"), parallel=True)
-    assert without.constraint is not None
-    assert json.loads(without.constraint.grammar.text)["additionalProperties"] is False
+@pytest.mark.parametrize(
+    ("template", "kind"),
+    [(HERMES, GrammarKind.GRAMMAR), (None, GrammarKind.JSON_SCHEMA), ("[TOOL_CALLS]", "json_schema")],
+)
+@pytest.mark.parametrize("choice", ["required", NamedTool("function", FunctionChoice("f"))])
+@pytest.mark.parametrize("asked", [None, ANY_OBJECT])
+def test_calls_that_must_be_are_bound_whatever_text_should_be(
+    template: str | None, kind: str, choice: Any, asked: Constraint | None
+) -> None:
+    constraint = plan(template, choice, asked).constraint
+    assert constraint is not None
+    assert (constraint.grammar.kind, constraint.param) == (kind, "tools")
 
 
-@pytest.mark.parametrize("parallel", [True, False])
-def test_required_calls_are_bound_by_the_schemas_of_all(parallel: bool) -> None:
-    plan = ToolPlanner(None, "auto").plan(TOOLS, "required", parallel=parallel)
-    assert plan.constraint is not None
-    schema = json.loads(plan.constraint.grammar.text)
-    assert schema["minItems"] == 1
-    assert schema.get("maxItems") == (None if parallel else 1)
-    assert [call["properties"]["name"]["const"] for call in schema["items"]["anyOf"]] == ["f", "g"]
-
-
-def test_definitions_move_to_where_references_look() -> None:
-    point = {"type": "object", "properties": {"p": {"$ref": "#/$defs/P"}}, "$defs": {"P": {"type": "null"}}}
-    schema = required_schema({"f": point, "g": point}, parallel=True)
-    assert schema["$defs"] == {"P": {"type": "null"}}
-    assert "$defs" not in schema["items"]["anyOf"][0]["properties"]["parameters"]
-    with pytest.raises(RequestError, match="'P' differently"):
-        required_schema({"f": point, "g": {"$defs": {"P": {}}}}, parallel=True)
+def test_calls_or_text_that_is_bound() -> None:
+    constraint = plan(HERMES, "auto", ANY_OBJECT).constraint
+    assert constraint is not None and "calls | answer" in constraint.grammar.text
+    with pytest.raises(RequestError, match="tool_choice") as caught:
+        plan("[TOOL_CALLS]", "auto", ANY_OBJECT)
+    assert caught.value.param == "response_format"
 
 
 def test_ids_are_as_templates_want_them() -> None:
