@@ -22,7 +22,6 @@ from flowkv.types import (
     Output,
     OutputIds,
     PoolDescriptor,
-    ProcessUsage,
     Regime,
     Request,
     Role,
@@ -103,6 +102,7 @@ class Register(Message):
     sequence: int = 0  # of the last Dispatch that it took
     running: list[str] = []  # requests that it answers for
     sending: list[str] = []  # requests that it answers for until a peer has taken them over
+    is_draining: bool = False  # it was told to end
 
 
 class StepSample(Message):
@@ -169,13 +169,6 @@ class TurnedAway(Message):
     process: str
     num_connections: int
     num_messages: int
-
-
-class Usage(Message):
-    """What a process takes, once a second."""
-
-    process: str
-    usage: ProcessUsage
 
 
 class NodeBeat(Message):
@@ -409,7 +402,6 @@ class ClusterStatus(Message):
     controller: str = ""  # which one says so: another name means that it was started again, and knows no request
     rolling: RollingRestart = RollingRestart()
     turned_away: dict[str, tuple[int, int]] = {}  # at whose mailbox: connections, messages (`TurnedAway`)
-    processes: dict[str, ProcessUsage] = {}  # by place
 
 
 # --- to the launcher -----------------------------------------------------------------------------------------------
@@ -517,7 +509,6 @@ AnyMessage = (
     | InstanceExited
     | Join
     | TurnedAway
-    | Usage
     | NodeBeat
     | LeaveSoon
     | RestartInstances

@@ -339,6 +339,8 @@ class Controller:
             self._rebuild.registered(message)
             for dead in self._dead:
                 self._send(message.peer.address, PeerDown(dead))
+        if message.is_draining:  # whatever for: it takes nothing more
+            self._rolling.ask([name])
         self._admit_complete()
 
     def _note_links(self, message: LoadReport) -> None:
@@ -603,7 +605,8 @@ class Controller:
         room = max((view.pool_tokens for view in self._views.values()), default=0)
         if self._model is not None:
             room = min(room, self._model.max_model_tokens)
-        is_ready = self._was_complete and any(view.is_available for view in self._views.values())
+        is_settled = self._rebuild is None or self._rebuild.is_settled  # before that what comes is kept
+        is_ready = self._was_complete and (not is_settled or any(view.is_available for view in self._views.values()))
         return ClusterStatus(
             is_ready, self._model, room, self.statuses(), self.regime, len(self.flips), self._overload.num_refused,
             self._num_lost, self._name,

@@ -44,11 +44,11 @@ class Rolling:
         """Whether it is its turn: it is drained to be followed by another, not to be retired."""
         return name == self._current
 
-    def ask(self, names: Iterable[str], token: str) -> None:
+    def ask(self, names: Iterable[str], token: str = "") -> None:
         """These too. `token` names what was asked last."""
         if not self.is_active:
             self._num_done, self._failure = 0, None
-        self._token = token
+        self._token = token or self._token
         self._waiting += [name for name in dict.fromkeys(names) if name not in self._waiting and name != self._current]
 
     def look(self, views: Mapping[str, InstanceView], now_s: float) -> None:

@@ -260,6 +260,7 @@ class Engine:
             sequence=self._reporter.dispatch_sequence,
             running=self._requests.ids,
             sending=self._sender.ids,
+            is_draining=self._orders.is_draining,
         )
 
     @property

@@ -158,6 +158,8 @@ class _Membership:
         """To a controller that was started again, and with what it has not heard."""
         self._node.outbox.send(self._controller_address, self._join_message(name))
         self._node.instances.tell_exits()
+        if self._node.signals.is_drain_asked:
+            self._node.outbox.send(self._controller_address, LeaveSoon(self._launcher))
 
     def _join_message(self, name: str = "") -> Join:
         return Join(self._launcher, self._place_name, self._mailbox.address, __version__, name)

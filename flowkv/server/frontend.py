@@ -42,7 +42,6 @@ from flowkv.server.tokenizer import Tokenizer
 from flowkv.server.trace_context import current_traceparent
 from flowkv.server.watch import ClusterWatch
 from flowkv.types import FinishReason, Output, Request
-from flowkv.usage import UsageMeter
 from flowkv.wire import AsyncMailbox, Outbox
 
 _logger = logging.getLogger(__name__)
@@ -128,7 +127,6 @@ class Frontend:
         self.watch = ClusterWatch(clock())
         self._status_s = clock()
         self._name = name
-        self._usage = UsageMeter(name)
         self._mailbox = mailbox
         self._outbox = outbox
         self._controller_address = controller_address
@@ -260,8 +258,6 @@ class Frontend:
             self._give_up_waiting()
             if (turned_away := self._mailbox.take_turned_away(self._name)) is not None:
                 self._send(turned_away)
-            if (usage := self._usage.take(self.now_s())) is not None:
-                self._send(usage)
 
     def _give_up_waiting(self) -> None:
         """A client that has waited so long for a first token hears so, and nothing is computed for it any more."""
@@ -356,6 +352,9 @@ class Frontend:
 
     def _on_status(self, status: ClusterStatus) -> None:
         is_new = self.status is not None and status.controller != self.status.controller
+        if status.model is None and self.status is not None:  # of a controller that knows no instance yet
+            model, max_tokens = self.status.model, self.status.max_request_tokens
+            status = msgspec.structs.replace(status, model=model, max_request_tokens=max_tokens)
         self.status, self._status_s = status, self.now_s()
         self.watch.observe(self._status_s, status)
         self.history.holds(self._status_s, self.watch.held())

@@ -8,6 +8,7 @@ from flowkv.messages import (
     Accepted,
     ClusterStatus,
     Dispatch,
+    Drain,
     FrontendExited,
     FrontendHello,
     InstanceExited,
@@ -19,9 +20,10 @@ from flowkv.messages import (
     PeerInfo,
     Register,
     Registered,
+    RestartInstance,
     Submit,
 )
-from flowkv.types import InstanceCounters, InstanceLoad, Request, Role, SamplingParams
+from flowkv.types import InstanceCounters, InstanceLoad, LinkStatus, Request, Role, SamplingParams
 from tests.cluster.rig import LEASE_S, MODEL, Out
 from tests.pools import descriptor
 
@@ -29,7 +31,9 @@ from tests.pools import descriptor
 class Restarted:
     def __init__(self, *expected: str, has_nodes: bool = False) -> None:
         rebuild = Rebuild(expected, has_nodes=has_nodes)
-        self.controller = Controller(1, "epoch", "local", LEASE_S, name="controller~1", rebuild=rebuild)
+        self.controller = Controller(
+            1, "epoch", "local", LEASE_S, name="controller~1", rebuild=rebuild, launcher_address="launcher"
+        )
         self.now_s = 0.0
         self.controller.tick(self.now_s)
         self.take(FrontendHello("f", "f"))
@@ -44,12 +48,14 @@ class Restarted:
             self.controller.tick(self.now_s)
         return self._taken()
 
-    def register(self, name: str, running: tuple[str, ...] = (), sending: tuple[str, ...] = ()) -> Out:
+    def register(
+        self, name: str, running: tuple[str, ...] = (), sending: tuple[str, ...] = (), is_draining: bool = False
+    ) -> Out:
         peer = PeerInfo(name, name, descriptor(name, "L", 100))
         return self.take(
             Register(
                 peer, Role.MIXED, MODEL, 16, 8, __version__, "epoch", sequence=7, running=list(running),
-                sending=list(sending),
+                sending=list(sending), is_draining=is_draining,
             )
         )  # fmt: skip
 
@@ -62,6 +68,11 @@ class Restarted:
     ) -> Out:
         request = Request(request_id=request_id, prompt_ids=range(20), sampling=SamplingParams(max_tokens=10))
         return self.take(Submit("f", request, {}, resumes, is_claim, controller))
+
+    def is_ready(self) -> bool:
+        self.controller.handle(FrontendHello("f", "f"), self.now_s)
+        [status] = [m for _, m in self.controller.take_messages() if isinstance(m, ClusterStatus)]
+        return status.ready
 
     def _taken(self) -> Out:
         return [out for out in self.controller.take_messages() if not isinstance(out[1], ClusterStatus)]
@@ -125,7 +136,7 @@ def test_the_peer_that_has_taken_it_over_holds_it() -> None:
     for order in (("a", "b"), ("b", "a")):
         rig = Restarted("a", "b")
         for name in order:
-            rig.register(name, **({"sending": ("r",)} if name == "a" else {"running": ("r",)}))
+            rig.register(name, running=("r",) if name == "b" else (), sending=("r",) if name == "a" else ())
         assert rig.submit("r", is_claim=True) == [("f", Accepted("r"))]
         rig.take(InstanceExited("a", "was killed"))
         assert rig.controller.num_assignments == 1
@@ -175,4 +186,26 @@ def test_of_a_frontend_that_died_meanwhile_nothing_is_kept() -> None:
     rig.register("a", running=("r",))
     rig.register("b")
     said = [message for _, message in rig.wait(15)]
-    assert [message for message in said if not isinstance(message, Registered)] == [Abort("r")]
+    assert [message for message in said if not isinstance(message, Registered | RestartInstance)] == [Abort("r")]
+
+
+def test_one_that_was_being_drained_gets_nothing_and_is_restarted() -> None:
+    rig = Restarted("a", "b")
+    rig.register("a", is_draining=True)
+    rig.register("b")
+    rig.report("a", links=[LinkStatus(peer="b", backend="local")])
+    rig.report("b", links=[LinkStatus(peer="a", backend="local")])
+    assert ("a", Drain()) in rig.wait(0.5)
+    out = rig.submit("r", controller="controller~1")
+    assert [to for to, message in out if isinstance(message, Dispatch)] == ["b"]
+    rig.report("a", is_drained=True)
+    assert ("launcher", RestartInstance("a")) in rig.wait(0.5)
+
+
+def test_nobody_is_turned_away_while_instances_are_still_to_come_back() -> None:
+    rig = Restarted("a")
+    assert rig.is_ready()
+    rig.wait(6)
+    assert not rig.is_ready()
+    rig.register("a")
+    assert rig.is_ready()

@@ -112,3 +112,66 @@ def test_an_instance_that_hangs_is_killed_and_another_takes_its_place() -> None:
         server.wait_for_line(re.compile("decode-0~1: ready"), num_lines)
         check_answers(server, seed=4)
         check_all_free(server)
+
+
+def test_streams_flow_on_while_the_controller_is_killed_and_started_again() -> None:
+    with serving(*CHECKED, *SLOW_STEPS, "--decode", "2") as server:
+        body = {"prompt": [3] * 40, "max_tokens": 300, "temperature": 0.0}
+        [expected] = toy_tokens({"r": body})["r"]
+        with ThreadPoolExecutor(4) as pool:
+            answers = [pool.submit(complete, server, body) for _ in range(4)]
+            eventually(lambda: sum(server.gauge("flowkv_instance_decoding").values()) == 4.0, "all are being decoded")
+            num_lines = kill(server, "controller")
+            server.wait_for_line(re.compile("controller~1: ready"), num_lines)
+            late = complete(server, body | {"max_tokens": 10})  # what comes meanwhile is answered too
+            assert [answer.result(60.0) for answer in answers] == [[expected]] * 4
+        assert late == [expected[:10]]
+        check_all_free(server)
+        kill(server, "decode-0")
+        server.wait_for_line(re.compile("decode-0~1: ready"), num_lines)
+        eventually(lambda: "decode-0~1" in server.gauge("flowkv_instance_blocks_total"), "the new one knows it")
+        check_answers(server, seed=5)
+
+
+def test_an_instance_that_ends_while_there_is_no_controller_is_not_waited_for() -> None:
+    with serving(*CHECKED, "--decode", "2") as server:
+        num_lines = len(server.lines)
+        for victim in ("controller", "decode-0"):
+            os.kill(server.pid_of(victim), signal.SIGKILL)
+        for name in ("controller~1", "decode-0~1"):
+            server.wait_for_line(re.compile(f"{name}: ready"), num_lines)
+        names = {"prefill-0", "decode-1", "decode-0~1"}
+        eventually(lambda: set(server.gauge("flowkv_instance_blocks_total")) == names, "all are known")
+        check_answers(server, seed=6)
+        check_all_free(server)
+
+
+def fork_server_of(server: Server, name: str) -> int:
+    """The parent of an instance, which is not the launcher."""
+    return int(Path(f"/proc/{server.pid_of(name)}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_a_killed_fork_server_is_replaced_when_the_next_instance_is_started() -> None:
+    with serving(*CHECKED) as server:
+        pid = fork_server_of(server, "decode-0")
+        assert pid != server.process.pid
+        os.kill(pid, signal.SIGKILL)
+        check_answers(server, seed=7)
+        num_lines = kill(server, "decode-0")
+        server.wait_for_line(re.compile("decode-0~1: ready"), num_lines)
+        check_answers(server, seed=8)
+        assert fork_server_of(server, "decode-0~1") != pid
+
+
+@pytest.mark.parametrize("first", [None, "controller", "frontend", "fork server"])
+def test_a_killed_launcher_leaves_nothing_behind_whatever_was_killed_before(first: str | None) -> None:
+    server = Server(*CHECKED, "--set", "restart.max_failures=100")
+    if first == "fork server":
+        os.kill(fork_server_of(server, "decode-0"), signal.SIGKILL)
+    elif first is not None:
+        os.kill(server.pid_of(first), signal.SIGKILL)
+    server.process.send_signal(signal.SIGKILL)
+    server.wait()
+    eventually(lambda: server.processes() == [], "every process is gone")
+    eventually(lambda: server.files() == [], "the run folder is gone")
+    server.close()

@@ -17,7 +17,7 @@ from flowkv.server.recovery import MAX_FRUITLESS
 from flowkv.server.stream import RequestStream
 from flowkv.types import FinishReason, Output, Request, SamplingParams, TokenLogprobs
 from flowkv.wire import AsyncMailbox, Outbox, SyncContext
-from tests.server.fake_cluster import VOCAB_SIZE, FakeCluster, outputs, say, status
+from tests.server.fake_cluster import CONTEXT_TOKENS, VOCAB_SIZE, FakeCluster, outputs, say, status
 
 Scenario = Callable[[Frontend, FakeCluster], Coroutine[None, None, None]]
 
@@ -189,11 +189,13 @@ def test_a_new_controller_is_told_of_every_request_and_what_runs_goes_on(tmp_pat
         cluster.answer = answer
         stream = frontend.submit([request("r1")], TextOptions(), 0.0)
         await wait_for(cluster, lambda: len(cluster.submits) == 1)
-        cluster.status = msgspec.structs.replace(cluster.status, controller="another")
+        # It knows no instance yet, and what they serve from the one before it.
+        cluster.status = msgspec.structs.replace(cluster.status, controller="another", model=None, max_request_tokens=0)
         await wait_for(cluster, lambda: any(message.is_claim for message in cluster.submits))
         await more_hellos(cluster, 3)
         assert len(cluster.submits) == 2  # it was accepted once more
         stream.abort()
+        assert frontend.limits().max_request_tokens == CONTEXT_TOKENS
         assert texts(await collect(frontend.submit([request("r2")], TextOptions(), 0.0))) == {0: "A"}
 
     run(scenario, tmp_path)
