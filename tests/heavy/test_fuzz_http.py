@@ -98,8 +98,8 @@ def test_mutated_bodies(count: int, seed: int) -> None:
         print(f"seed {seed}: {first.statuses + second.statuses}")
         assert first.faults + second.faults == []
         assert {200, 400} <= set(second.statuses), "both kinds are tried"
-        assert Chaos(server, 0).names() == pids, "no process has ended"
-        grown = {name: size - before[name] for name, size in resident_bytes(server).items()}
+        assert pids.items() <= Chaos(server, 0).names().items(), "no process has ended; where grammars compile is new"
+        grown = {name: size - before[name] for name, size in resident_bytes(server).items() if name in before}
         assert {n: g for n, g in grown.items() if g > SLACK_BYTES + GROWTH_FRACTION * before[n]} == {}
         body = {"prompt": [7] * 50, "max_tokens": 20, "temperature": 0.0}
         answer = server.client.post("/v1/completions", json=body).json()
