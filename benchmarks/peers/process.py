@@ -34,10 +34,6 @@ class PeerProcess(ServerProcess):
         self._command = list(command(int(self.url.rpartition(":")[2])))
         self._ready_path = ready_path
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
