@@ -82,15 +82,39 @@ def test_an_instance_killed_on_the_other_node_is_started_again(nodes: Nodes) -> 
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_node_that_leaves_ends_its_requests_and_the_rest_goes_on(nodes: Nodes, signum: signal.Signals) -> None:
+def test_a_node_that_leaves_finishes_what_it_has_and_the_rest_goes_on(nodes: Nodes, signum: signal.Signals) -> None:
     with nodes.serving(*CHECKED, *SLOW_STEPS, "--decode", "0") as server:
         with nodes.joined("--role", "decode") as other, held_by(server, "decode-0@node-1") as outcome:
             assert other.stop(signum) == 0
+            assert any("draining: 1 instance, at most 30 s" in line for line in other.lines)
+            assert any("retired decode-0@node-1" in line for line in other.lines)
             assert "error" not in outcome.result(60.0) and outcome.result().count('"finish_reason":"length"') == 1
         server.wait_for_line(re.compile("node-1 .* is gone"))
         check_serves(server, "prefill-0")
         with nodes.joined("--role", "decode"):
             check_serves(server, "decode-0@node-2")
+
+
+def test_a_node_does_not_wait_for_what_takes_too_long(nodes: Nodes) -> None:
+    patience = ("--set", "server.drain_timeout_s=0.5")
+    with nodes.serving(*CHECKED, *SLOW_STEPS, *patience, "--decode", "0") as server:
+        with nodes.joined("--role", "decode") as other, held_by(server, "decode-0@node-1") as outcome:
+            assert other.stop() == 0
+            assert "error" not in outcome.result(60.0)  # it goes on elsewhere
+        check_serves(server, "prefill-0")
+
+
+def test_a_joined_node_stays_when_the_controller_is_killed_and_started_again(nodes: Nodes) -> None:
+    with nodes.serving(*CHECKED, *SLOW_STEPS, "--decode", "0") as server, nodes.joined("--role", "decode") as other:
+        with held_by(server, "decode-0@node-1") as outcome:
+            os.kill(server.pid_of("controller"), signal.SIGKILL)
+            server.wait_for_line(re.compile("controller~1: ready"))
+            assert "error" not in outcome.result(60.0)
+        check_serves(server, "decode-0@node-1")
+        os.kill(other.pid_of("decode-0@node-1"), signal.SIGKILL)
+        other.wait_for_line(re.compile("decode-0@node-1~1: ready"))
+        with nodes.joined("--role", "decode"):  # a name that no node had under the controller before this one
+            check_serves(server, "decode-0@node-1.1")
 
 
 def test_a_launcher_killed_on_the_other_node_takes_its_instances_along(nodes: Nodes) -> None:
@@ -210,6 +234,6 @@ def held_by(server: Server, instance: str) -> "Iterator[Future[str]]":
 
 
 def stream(server: Server) -> str:
-    body: dict[str, Any] = {"prompt": "hello", "max_tokens": 5000, "stream": True}
+    body: dict[str, Any] = {"prompt": "hello", "max_tokens": 400, "stream": True}
     with server.client.stream("POST", "/v1/completions", json=body) as response:
         return response.read().decode()
