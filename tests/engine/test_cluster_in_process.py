@@ -127,6 +127,22 @@ def test_choices_follow_their_grammar_wherever_they_are_decoded(roles: list[Role
     cluster.check_at_rest()
 
 
+@pytest.mark.parametrize("num_tokens", [10, 60, 150])
+def test_choices_go_on_in_their_grammar_where_an_instance_was_killed(num_tokens: int) -> None:
+    cluster = Cluster([P, D, D], num_blocks=200, seed=num_tokens)
+    for i in range(3):
+        cluster.submit(f"r{i}", prompt(i, 10 + i), n=2, temperature=1.0, seed=i, **BY_SCHEMA)
+    while sum(len(answer.tokens) for answer in cluster.answers.values()) < num_tokens:
+        assert cluster.step()
+    cluster.kill("decode-1")
+    cluster.run()
+    for i in range(3):
+        for choice in range(2):
+            expected = reference(prompt(i, 10 + i), choice, n=2, temperature=1.0, seed=i, **BY_SCHEMA)
+            assert cluster.ids(f"r{i}", choice) == expected
+    cluster.check_at_rest()
+
+
 def test_biases_act_on_both_instances() -> None:
     cluster = Cluster([P, D])
     cluster.submit("one", prompt(3, 10), max_tokens=6, logit_bias={65: 100.0})
