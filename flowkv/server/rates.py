@@ -24,9 +24,3 @@ class Rates:
             (new.transfer_bytes - old.transfer_bytes) / elapsed_s,
             (new.step_seconds - old.step_seconds) / num_steps if num_steps else None,
         )
-
-
-def link_rates(before: InstanceStatus, after: InstanceStatus, elapsed_s: float) -> dict[str, float]:
-    """Bytes per second to each peer that `after` has a link to."""
-    old = {link.peer: link.num_bytes for link in before.links}
-    return {link.peer: (link.num_bytes - old.get(link.peer, 0)) / elapsed_s for link in after.links}

@@ -8,19 +8,14 @@ import msgspec
 from flowkv.messages import ClusterStatus
 from flowkv.server.events import Event, EventLog
 from flowkv.server.history import Held
-from flowkv.server.rates import Rates, link_rates
+from flowkv.server.rates import Rates
 from flowkv.types import InstanceLoad, InstanceStatus, Role
 
 _LOOKS = 4  # kept: rates are over the seconds between the first and the last
 _LOOK_S = 1.0
 
 
-class LinkRow(NamedTuple):
-    """From an instance to the one at place `peer` of the list."""
-
-    peer: int
-    backend: str
-    bytes_per_s: float
+LinkRow = tuple[int, str, float]  # to the instance at that place of the list: by which backend, bytes a second
 
 
 class InstanceRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,14 +78,9 @@ class ClusterWatch:
         return [self._row(status, places) for status in self._latest.instances.values()]
 
     def _row(self, status: InstanceStatus, places: dict[str, int]) -> InstanceRow:
-        before = next((look for look in self._looks if status.name in look.instances), None)
-        elapsed_s = 0.0 if before is None else self._latest.time_s - before.time_s
-        if before is None or elapsed_s <= 0:
-            flows = {link.peer: 0.0 for link in status.links}
-            rates = None
-        else:
-            rates = Rates.between(before.instances[status.name], status, elapsed_s)
-            flows = link_rates(before.instances[status.name], status, elapsed_s)
+        look = next((look for look in self._looks if status.name in look.instances), self._latest)
+        before, elapsed_s = look.instances[status.name], self._latest.time_s - look.time_s
+        rates = Rates.between(before, status, elapsed_s) if elapsed_s > 0 else None
         load = status.load
         return InstanceRow(
             name=status.name, role=status.role, is_stalled=status.is_stalled, is_draining=status.is_draining,
@@ -101,12 +91,19 @@ class ClusterWatch:
             prefill_tokens_per_s=None if rates is None else rates.prefill_tokens_per_s,
             decode_tokens_per_s=None if rates is None else rates.decode_tokens_per_s,
             step_s=None if rates is None else rates.step_s,
-            links=[
-                LinkRow(places[link.peer], link.backend, flows[link.peer])
-                for link in status.links
-                if link.peer in places
-            ],
+            links=_links(before, status, elapsed_s, places),
         )  # fmt: skip
+
+
+def _links(before: InstanceStatus, after: InstanceStatus, elapsed_s: float, places: dict[str, int]) -> list[LinkRow]:
+    """One pass and no more: of 64 instances there are 4,032."""
+    old = {link.peer: link.num_bytes for link in before.links}
+    per_s = 1 / elapsed_s if elapsed_s > 0 else 0.0
+    return [
+        (places[link.peer], link.backend, (link.num_bytes - old.get(link.peer, 0)) * per_s)
+        for link in after.links
+        if link.peer in places
+    ]
 
 
 def _blocks(load: InstanceLoad) -> dict[str, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 ARTIFACTS = os.environ.get("FLOWKV_SCREENSHOTS")  # a folder where pictures go
 SIZES = {"desktop": (1440, 900), "phone": (390, 844)}
@@ -52,6 +52,7 @@ def chromium() -> Iterator[Browser]:
         reason = "no Chromium on this machine: apt-get install chromium"
         assert os.environ.get("CI") != "true", reason
         pytest.skip(reason)
+    expect.set_options(timeout=20_000)
     sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # root has none to give
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=sandbox)

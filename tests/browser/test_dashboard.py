@@ -17,7 +17,7 @@ from flowkv.server.events import Event, EventKind
 from flowkv.server.history import Quantiles, Recent, Second
 from flowkv.server.keys import new_key
 from flowkv.server.timeline import Phase, PhaseName, RequestRecord, State
-from flowkv.server.watch import InstanceRow, LinkRow
+from flowkv.server.watch import InstanceRow
 from flowkv.types import Regime, Role
 from tests.browser.page import SCHEMES, SIZES, Watched, chromium, opened
 from tests.e2e.server import Server, serving
@@ -65,7 +65,7 @@ def made_up(num_instances: int, **changed: Any) -> DashboardData:
             num_flips=place, waiting=place, prefilling=1, decoding=200, sending=2, receiving=3, preempted=0,
             waiting_tokens=10_000, blocks={"filled": 700, "reserved": 200, "quarantined": 50, "free": 74},
             prefill_tokens_per_s=12_345.6, decode_tokens_per_s=789.0, step_s=0.0213,
-            links=[LinkRow(peer, "shm", 1e6 * peer) for peer in peers if peer != place and (place, peer) != (0, 1)],
+            links=[(peer, "shm", 1e6 * peer) for peer in peers if peer != place and (place, peer) != (0, 1)],
         )
         for place in peers
     ]  # fmt: skip

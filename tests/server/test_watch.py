@@ -1,5 +1,5 @@
 from flowkv.server.history import Held
-from flowkv.server.watch import ClusterWatch, LinkRow
+from flowkv.server.watch import ClusterWatch
 from flowkv.types import InstanceCounters, InstanceLoad, LinkStatus
 from tests.server.test_events import cluster, instance
 
@@ -33,9 +33,9 @@ def test_links_name_places_and_what_flows() -> None:
 
     watch = ClusterWatch(0.0)
     watch.observe(0.0, cluster(instance("p0", links=at(0)), instance("d0")))
-    assert watch.rows()[0].links == [LinkRow(1, "shm", 0.0)]
+    assert watch.rows()[0].links == [(1, "shm", 0.0)]
     watch.observe(2.0, cluster(instance("p0", links=at(500)), instance("d0")))
-    assert watch.rows()[0].links == [LinkRow(1, "shm", 250.0)]
+    assert watch.rows()[0].links == [(1, "shm", 250.0)]
 
 
 def test_blocks_by_state_make_up_the_pool() -> None:
