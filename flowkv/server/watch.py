@@ -1,5 +1,6 @@
 """A cluster as its dashboard shows it: each instance with its rates, and what has happened. Pure."""
 
+import re
 from collections import deque
 from typing import NamedTuple
 
@@ -59,7 +60,8 @@ class ClusterWatch:
 
     def observe(self, now_s: float, status: ClusterStatus) -> None:
         self._log.observe(now_s, status)
-        self._latest = _Look(now_s, {instance.name: instance for instance in status.instances})
+        in_order = sorted(status.instances, key=lambda instance: _by_number(instance.name))
+        self._latest = _Look(now_s, {instance.name: instance for instance in in_order})
         if not self._looks or now_s - self._looks[-1].time_s >= _LOOK_S:
             self._looks.append(self._latest)
 
@@ -93,6 +95,11 @@ class ClusterWatch:
             step_s=None if rates is None else rates.step_s,
             links=_links(before, status, elapsed_s, places),
         )  # fmt: skip
+
+
+def _by_number(name: str) -> list[str | int]:
+    """decode-2 comes before decode-10, and one that was restarted stays in its place."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def _links(before: InstanceStatus, after: InstanceStatus, elapsed_s: float, places: dict[str, int]) -> list[LinkRow]:

@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from flowkv.server.dashboard import FOLDER, DashboardData
+from tests.e2e.server import eventually
 from tests.server.conftest import Served
 from tests.server.fake_cluster import status
 
@@ -46,13 +47,11 @@ def test_nothing_else_is_served(served: Served, name: str) -> None:
 
 def test_data_tells_what_was_served(served: Served) -> None:
     first = int(data(served).now_s) + 1
-    while data(served).now_s < first:  # what others have asked for is in the seconds before
-        pass
+    eventually(lambda: data(served).now_s >= first, "a second in which nobody has asked for anything yet")
     assert served.client.post("/v1/completions", json={"prompt": "hi", "max_tokens": 5}).status_code == 200
     assert served.client.post("/v1/completions", json={"prompt": "hi", "max_tokens": -1}).status_code == 400
+    eventually(lambda: any(second.refused for second in data(served, first).seconds), "the second is over")
     found = data(served, first)
-    while not any(second.refused for second in found.seconds):
-        found = data(served, first)
     seconds = found.seconds
     assert seconds[0].tick == first
     names = ("requests", "finished", "failed", "prompt_tokens", "output_tokens")
@@ -65,9 +64,8 @@ def test_data_tells_what_was_served(served: Served) -> None:
 
 def test_data_before_the_cluster_is_ready(served: Served) -> None:
     served.cluster.status = status(ready=False)
-    while (found := data(served)).is_ready:
-        pass
-    assert found.events[-1].kind == "not_ready"
+    eventually(lambda: not data(served).is_ready, "the frontend hears of it")
+    assert data(served).events[-1].kind == "not_ready"
 
 
 @pytest.mark.parametrize("since", ["-1", "x", "1e3", "9" * 30])

@@ -33,9 +33,9 @@ def test_links_name_places_and_what_flows() -> None:
 
     watch = ClusterWatch(0.0)
     watch.observe(0.0, cluster(instance("p0", links=at(0)), instance("d0")))
-    assert watch.rows()[0].links == [(1, "shm", 0.0)]
+    assert watch.rows()[1].links == [(0, "shm", 0.0)]
     watch.observe(2.0, cluster(instance("p0", links=at(500)), instance("d0")))
-    assert watch.rows()[0].links == [(1, "shm", 250.0)]
+    assert watch.rows()[1].links == [(0, "shm", 250.0)]
 
 
 def test_blocks_by_state_make_up_the_pool() -> None:
@@ -51,3 +51,10 @@ def test_all_instances_together() -> None:
     busy = InstanceLoad(num_waiting=2, num_prefilling=1, num_decoding=4, used_blocks=4)
     watch.observe(0.0, cluster(instance("d0", load=busy), instance("d1", load=busy)))
     assert watch.held() == Held(waiting=4, running=10, used_fraction=0.5)
+
+
+def test_instances_stand_by_number_and_a_successor_in_its_place() -> None:
+    watch = ClusterWatch(0.0)
+    names = ["prefill-0", "decode-10", "decode-2~1", "decode-1@node-1", "decode-1"]
+    watch.observe(0.0, cluster(*map(instance, names)))
+    assert [row.name for row in watch.rows()] == ["decode-1", "decode-1@node-1", "decode-2~1", "decode-10", "prefill-0"]

@@ -19,6 +19,7 @@ export function lanes(instances, events, startS, endS) {
     lane(name).spans.push(...spans(name, own, now, startS, endS));
     lane(name).marks.push(...own.filter((event) => event.time_s >= startS));
   }
+  for (const one of bySeat.values()) one.marks.sort((a, b) => a.time_s - b.time_s);
   return [...bySeat.values()].filter((one) => one.spans.length > 0 || one.marks.length > 0);
 }
 
