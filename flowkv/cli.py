@@ -106,6 +106,7 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
         "cluster_key_file": "network.cluster_key_file", "api_key_file": "server.api_key_file",
         "admin_key_file": "server.admin_key_file", "admin_port": "server.admin_port", "insecure": "server.insecure",
         "tls_cert_file": "server.tls_cert_file", "tls_key_file": "server.tls_key_file",
+        "trust_remote_code": "trust_remote_code", "allow_pickled_weights": "allow_pickled_weights",
         "log_level": "logging.level", "log_format": "logging.format", "otlp_endpoint": "tracing.otlp_endpoint",
     }  # fmt: skip
     given = {key: getattr(args, option, None) for option, key in keys.items()}
@@ -281,6 +282,12 @@ def _add_cluster(serve: argparse.ArgumentParser) -> None:
     engine.add_argument("--kv-memory", metavar="SIZE", help="KV pool of one instance, such as 512MiB (default: auto)")
     engine.add_argument(
         "--threads", type=int, metavar="N", help="threads of one instance (default: its share of the cores but one)"
+    )
+    engine.add_argument(
+        "--trust-remote-code", action="store_true", default=None, help="run Python code that comes with the model"
+    )
+    engine.add_argument(
+        "--allow-pickled-weights", action="store_true", default=None, help="read *.bin where there is no *.safetensors"
     )
     server = serve.add_argument_group("server")
     server.add_argument("--host", help=f"address to listen on (default: {defaults.server.host})")

@@ -292,6 +292,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     model: str | None = None
     model_name: str | None = None  # what /v1/models calls it; default: the folder's name
     dtype: str = "auto"
+    trust_remote_code: bool = False  # run the Python that the model's folder brings along
+    allow_pickled_weights: bool = False  # read *.bin where the folder has no *.safetensors
     device: str = "cpu"
     toy: bool = False
     toy_step_s: float = 0.0  # how long a step of a toy instance takes

@@ -22,6 +22,7 @@ from flowkv.types import (
     Output,
     OutputIds,
     PoolDescriptor,
+    ProcessUsage,
     Regime,
     Request,
     Role,
@@ -169,6 +170,13 @@ class TurnedAway(Message):
     process: str
     num_connections: int
     num_messages: int
+
+
+class Usage(Message):
+    """What a process takes, once a second."""
+
+    process: str
+    usage: ProcessUsage
 
 
 class NodeBeat(Message):
@@ -402,6 +410,7 @@ class ClusterStatus(Message):
     controller: str = ""  # which one says so: another name means that it was started again, and knows no request
     rolling: RollingRestart = RollingRestart()
     turned_away: dict[str, tuple[int, int]] = {}  # at whose mailbox: connections, messages (`TurnedAway`)
+    processes: dict[str, ProcessUsage] = {}  # by place
 
 
 # --- to the launcher -----------------------------------------------------------------------------------------------
@@ -509,6 +518,7 @@ AnyMessage = (
     | InstanceExited
     | Join
     | TurnedAway
+    | Usage
     | NodeBeat
     | LeaveSoon
     | RestartInstances

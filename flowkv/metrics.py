@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from flowkv.types import FinishReason, InstanceStatus, Regime
+from flowkv.types import FinishReason, InstanceStatus, LinkStatus, ProcessUsage, Regime
 
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 PHASE_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *LATENCY_BUCKETS_S)
@@ -65,8 +65,22 @@ LINK_COUNTERS = {
     "num_calls": ("calls", "Calls that wrote them, one a run"),
     "seconds": ("seconds", "Time spent writing them"),
 }
-
-
+LINK_GAUGES: dict[str, tuple[str, Callable[[LinkStatus], float]]] = {
+    "health": ("1 where no write over the link has failed lately, towards 0 the more did", attrgetter("health")),
+    "best_bytes_per_second": ("Of the fastest write: what the link can do", attrgetter("best_bytes_per_s")),
+    "line_rate_fraction": (
+        "Bytes written per second of writing, over the best; 0 before the first write",
+        lambda link: link.num_bytes / (link.seconds * link.best_bytes_per_s) if link.best_bytes_per_s else 0.0,
+    ),
+}
+PROCESS_GAUGES = {
+    "resident_bytes": ("Memory that the process has in RAM, its KV pool included", "resident_bytes"),
+    "open_files": ("Open file descriptors", "open_files"),
+}
+PROCESS_COUNTERS = {
+    "cpu_seconds": ("Processor time since the process started", "cpu_seconds"),
+    "restarts": ("Times that another process took the place of one that had ended", "num_restarts"),
+}
 FLAGS = {
     "is_stalled": (
         "stalled",
@@ -90,6 +104,9 @@ class Cluster(Protocol):
 
     @property
     def turned_away(self) -> Mapping[str, tuple[int, int]]: ...
+
+    @property
+    def processes(self) -> Mapping[str, ProcessUsage]: ...
 
 
 class Phase(Protocol):
@@ -133,6 +150,7 @@ class ClusterCollector(Collector):
             return
         yield from self._controller(cluster)
         yield from self._turned_away(cluster.turned_away)
+        yield from self._processes(cluster.processes)
         yield from self._gauges(cluster.instances)
         yield from self._counters(cluster.instances)
         yield from self._links(cluster.instances)
@@ -161,6 +179,20 @@ class ClusterCollector(Collector):
             ignored.add_metric([where], num_messages)
         yield strangers
         yield ignored
+
+    @staticmethod
+    def _processes(usages: Mapping[str, ProcessUsage]) -> Iterator[Metric]:
+        """By place, so that a series goes on where another process takes one's place."""
+        for name, (text, field) in PROCESS_GAUGES.items():
+            gauge = GaugeMetricFamily(f"flowkv_process_{name}", text, labels=["process"])
+            for place, usage in usages.items():
+                gauge.add_metric([place], getattr(usage, field))
+            yield gauge
+        for name, (text, field) in PROCESS_COUNTERS.items():
+            counter = CounterMetricFamily(f"flowkv_process_{name}", text, labels=["process"])
+            for place, usage in usages.items():
+                counter.add_metric([place], getattr(usage, field))
+            yield counter
 
     @staticmethod
     def _gauges(statuses: Sequence[InstanceStatus]) -> Iterator[Metric]:
@@ -195,12 +227,12 @@ class ClusterCollector(Collector):
                 for link in status.links:
                     counter.add_metric([status.name, link.peer, link.backend], getattr(link, field))
             yield counter
-        text = "1 where no write over the link has failed lately, towards 0 the more did"
-        health = GaugeMetricFamily("flowkv_link_health", text, labels=["instance", "peer", "backend"])
-        for status in statuses:
-            for link in status.links:
-                health.add_metric([status.name, link.peer, link.backend], link.health)
-        yield health
+        for name, (text, value) in LINK_GAUGES.items():
+            gauge = GaugeMetricFamily(f"flowkv_link_{name}", text, labels=["instance", "peer", "backend"])
+            for status in statuses:
+                for link in status.links:
+                    gauge.add_metric([status.name, link.peer, link.backend], value(link))
+            yield gauge
 
 
 class FrontendMetrics:

@@ -199,6 +199,7 @@ class LinkStatus(msgspec.Struct, frozen=True, kw_only=True):
     num_calls: int = 0
     seconds: float = 0.0  # spent moving
     health: float = 1.0  # 1: no write failed lately; halved by each that does
+    best_bytes_per_s: float = 0.0  # of one write: what the link has shown that it can do
 
 
 class InstanceLoad(msgspec.Struct, frozen=True, kw_only=True):
@@ -251,6 +252,15 @@ class RollingRestart(msgspec.Struct, frozen=True):
     num_done: int = 0
     num_left: int = 0  # after this one
     failure: str = ""
+
+
+class ProcessUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """What one process takes of its machine."""
+
+    resident_bytes: int  # the KV pool included
+    open_files: int
+    cpu_seconds: float
+    num_restarts: int = 0  # of the processes that were in its place before it
 
 
 class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):

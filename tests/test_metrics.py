@@ -3,7 +3,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from flowkv.messages import ClusterStatus
 from flowkv.metrics import COUNTERS, LOAD_GAUGES, FrontendMetrics
-from flowkv.types import FinishReason, InstanceCounters, InstanceLoad, InstanceStatus, Regime, Role
+from flowkv.types import (
+    FinishReason,
+    InstanceCounters,
+    InstanceLoad,
+    InstanceStatus,
+    LinkStatus,
+    ProcessUsage,
+    Regime,
+    Role,
+)
 
 
 def samples(metrics: FrontendMetrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -112,3 +121,49 @@ def test_frontend_metrics_count() -> None:
     assert found["flowkv_choices_finished_total", labels(finish_reason="stop")] == 0
     assert found["flowkv_requests_refused_total", labels(status="404")] == 1
     assert found["flowkv_rejections_total", labels(reason="model_not_found")] == 1
+
+
+def test_processes_are_exported_by_their_place() -> None:
+    usage = ProcessUsage(resident_bytes=1 << 20, open_files=12, cpu_seconds=1.5, num_restarts=2)
+    shown = msgspec.structs.replace(cluster(), processes={"controller": usage})
+    found = samples(FrontendMetrics(lambda: shown))
+    place = labels(process="controller")
+    assert found["flowkv_process_resident_bytes", place] == 1 << 20
+    assert found["flowkv_process_open_files", place] == 12
+    assert found["flowkv_process_cpu_seconds_total", place] == 1.5
+    assert found["flowkv_process_restarts_total", place] == 2
+
+
+def test_a_link_is_compared_with_the_best_that_it_has_done() -> None:
+    fast = LinkStatus(peer="p1", backend="shm", num_bytes=600, seconds=3.0, best_bytes_per_s=400.0)
+    new = LinkStatus(peer="p2", backend="shm")
+    found = samples(FrontendMetrics(lambda: cluster(msgspec.structs.replace(status("p0"), links=[fast, new]))))
+    by_peer = {peer: labels(instance="p0", peer=peer, backend="shm") for peer in ("p1", "p2")}
+    assert found["flowkv_link_line_rate_fraction", by_peer["p1"]] == 0.5
+    assert found["flowkv_link_line_rate_fraction", by_peer["p2"]] == 0.0
+
+
+class _Phase(msgspec.Struct):
+    name: str
+    seconds: float
+
+
+class _Ended(msgspec.Struct):
+    phases: list[_Phase]
+    tpot_s: float | None = 0.05
+    unaccounted_s: float = 0.25
+    prompt_tokens: int = 100
+    output_tokens: int = 10
+
+
+def test_a_request_that_ended_counts_in_every_phase() -> None:
+    metrics = FrontendMetrics(lambda: None)
+    metrics.count_ended(_Ended([_Phase("queued", 0.5), _Phase("prefill", 2.0)]))
+    metrics.count_ended(_Ended([_Phase("queued", 1.5)], tpot_s=None))
+    found = samples(metrics)
+    assert found["flowkv_phase_seconds_sum", labels(phase="queued")] == 2.0
+    assert found["flowkv_phase_seconds_count", labels(phase="prefill")] == 1
+    assert found["flowkv_phase_seconds_sum", labels(phase="unaccounted")] == 0.5
+    assert found["flowkv_request_prompt_tokens_bucket", labels(le="256.0")] == 2
+    assert found["flowkv_request_output_tokens_sum", labels()] == 20
+    assert found["flowkv_tpot_seconds_count", labels()] == 1

@@ -11,6 +11,7 @@ from flowkv.auth import ClusterKey
 from flowkv.cluster.controller import Controller
 from flowkv.cluster.nodes import Nodes, node_name
 from flowkv.cluster.rebuild import Rebuild
+from flowkv.cluster.usages import Usages
 from flowkv.config import ClusterConfig
 from flowkv.errors import ConfigError, FlowKVError, ProtocolError
 from flowkv.messages import (
@@ -31,7 +32,9 @@ from flowkv.messages import (
     StartFailed,
     StopInstance,
     TurnedAway,
+    Usage,
 )
+from flowkv.usage import UsageMeter
 from flowkv.wire import Mailbox, Outbox, SyncContext
 
 _BEAT_MS = 250
@@ -95,6 +98,8 @@ class _Service:
         self._nodes = Nodes(spec.epoch, config, spec.model_name, spec.generation)
         self._turned_away: dict[str, tuple[int, int]] = {}
         self._name = spec.name
+        self._usage = UsageMeter(spec.name)
+        self._usages = Usages()
         self._poller = zmq.Poller()
         self._poller.register(mailbox.socket, zmq.POLLIN)
         outbox.send(spec.launcher_address, Ready(spec.name))
@@ -106,6 +111,8 @@ class _Service:
             self._handle(message)
         if (turned_away := self._mailbox.take_turned_away(self._name)) is not None:
             self._on_turned_away(turned_away)
+        if (usage := self._usage.take(time.monotonic())) is not None:
+            self._usages.hear(usage, time.monotonic())
         self._controller.tick(time.monotonic())
         self._nodes.tick(time.monotonic())
         self._send_all()
@@ -135,6 +142,8 @@ class _Service:
                 self._admit_early()
             case TurnedAway():
                 self._on_turned_away(message)
+            case Usage():
+                self._usages.hear(message, time.monotonic())
             case InstanceExited() if message.epoch != self._epoch:
                 _logger.warning("ignored the end of %s, of an earlier cluster", message.instance)
             case InstanceExited():
@@ -172,7 +181,8 @@ class _Service:
             if isinstance(answer, StopInstance | RestartInstance):  # the controller knows of one launcher only
                 to = self._nodes.launcher_address(answer.instance) or to
             if isinstance(answer, ClusterStatus):
-                answer = msgspec.structs.replace(answer, turned_away=self._turned_away)
+                processes = self._usages.table(now_s)
+                answer = msgspec.structs.replace(answer, turned_away=self._turned_away, processes=processes)
             if isinstance(answer, RestartInstance) and answer.hangs and self._nodes.is_cut_off(answer.instance, now_s):
                 continue  # it would come when the instance is heard again
             is_last = isinstance(answer, Dismissed | RegistrationRefused)

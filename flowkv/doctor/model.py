@@ -32,8 +32,8 @@ def architecture(config: ClusterConfig, folder: Path) -> Finding:
     from flowkv.model import loading, support  # transformers: seconds, and only for a model
 
     try:
-        found = loading.read_config(folder)
-        class_name = support.model_class(found).__name__
+        found = loading.read_config(folder, loading.Trust(config.trust_remote_code, config.allow_pickled_weights))
+        class_name = support.model_class(found, folder if config.trust_remote_code else None).__name__
         max_tokens, dtype = support.max_model_tokens(found), loading.resolve_dtype(found, config.dtype)
     except ModelError as error:
         return fail("model", str(error), "another model, or another version of this one")

@@ -18,6 +18,7 @@ class _Link:
     num_calls: int = 0
     seconds: float = 0.0
     health: float = 1.0
+    best_bytes_per_s: float = 0.0
 
 
 class Links:
@@ -73,6 +74,8 @@ class Links:
             link.num_bytes += num_bytes
             link.num_calls += num_calls
             link.seconds += seconds
+            if seconds > 0.0:
+                link.best_bytes_per_s = max(link.best_bytes_per_s, num_bytes / seconds)
             self._changed[peer] = None
 
     def tell_all(self) -> None:
@@ -87,5 +90,5 @@ class Links:
     def _status(self, peer: str, link: _Link) -> LinkStatus:
         return LinkStatus(
             peer=peer, backend=link.backend, num_bytes=link.num_bytes, num_calls=link.num_calls, seconds=link.seconds,
-            health=link.health,
+            health=link.health, best_bytes_per_s=link.best_bytes_per_s,
         )  # fmt: skip

@@ -37,6 +37,7 @@ from flowkv.messages import (
 )
 from flowkv.transfer.select import open_transfer
 from flowkv.types import ModelInfo, Role
+from flowkv.usage import UsageMeter
 from flowkv.wire import Mailbox, Outbox, SyncContext
 
 _BEAT_MS = 500  # between looks at the clock while idle, at most
@@ -132,6 +133,7 @@ class _Instance:
         self._link_notes = LinkNotes(spec.name)
         self._has_worked = False
         self._mailbox = Mailbox(context, spec.address, spec.key)
+        self._usage = UsageMeter(spec.name)
         self._engine = Engine(
             spec.name, spec.config.engine, pool.num_blocks, spec.role, spec.controller_address,
             spec.config.transfer.lease_s, spec.config.slo.max_step_s, self._mailbox.address,
@@ -182,6 +184,8 @@ class _Instance:
             self._take_message(message)
         if (turned_away := self._mailbox.take_turned_away(self._spec.name)) is not None:
             self._outbox.send(self._spec.controller_address, turned_away)
+        if (usage := self._usage.take(time.monotonic())) is not None:
+            self._outbox.send(self._spec.controller_address, usage)
         written, arrived, linked = self._transfer.poll()
         for link in linked:
             self._link_notes.up(link)

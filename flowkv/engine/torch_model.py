@@ -12,7 +12,7 @@ from flowkv.grammar.matchers import Matchers
 from flowkv.grammar.vocabulary import Vocabulary
 from flowkv.kv.pool import KvPool
 from flowkv.model.fingerprint import weights_fingerprint
-from flowkv.model.loading import load_model
+from flowkv.model.loading import Trust, load_model
 from flowkv.types import ModelInfo
 
 
@@ -23,7 +23,10 @@ class TorchModel:
         self, folder: Path, name: str, config: ClusterConfig, threads: int, on_progress: Callable[[float, str], None]
     ) -> None:
         torch.set_num_threads(threads)
-        self._loaded = load_model(folder, config.dtype, config.device, on_progress, may_fuse=config.engine.fused)
+        trust = Trust(config.trust_remote_code, config.allow_pickled_weights)
+        self._loaded = load_model(
+            folder, config.dtype, config.device, on_progress, may_fuse=config.engine.fused, trust=trust
+        )
         self.layout = self._loaded.layout(config.engine.block_size)
         self.info = ModelInfo(
             name=name,

@@ -19,12 +19,14 @@ _HEADER_LENGTH_BYTES = 8  # a safetensors file: length (little endian), header (
 def weights_fingerprint(folder: Path) -> str:
     """Equal for copies of one model, however its tensors are shared out between files; any other almost surely differs.
 
-    Reads `config.json`, the headers of `*.safetensors` and a few bytes of each tensor. ModelError if it cannot.
+    Reads `config.json`, the headers of `*.safetensors` and a few bytes of each tensor, and of each pickled file, which
+    is not opened otherwise. ModelError if it cannot.
     """
     try:
         config = json.loads((folder / "config.json").read_text())
         kept = {key: value for key, value in config.items() if key not in _NOT_OF_THE_MODEL}
         tensors = sorted(line for path in folder.glob("*.safetensors") for line in _describe(path))
+        tensors += sorted(map(_describe_pickled, folder.glob("*.bin"))) if not tensors else []
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"The model in {folder} cannot be read: {error}") from error
     lines = [json.dumps(kept, sort_keys=True), *tensors]
@@ -43,6 +45,13 @@ def _describe(path: Path) -> Iterator[str]:
                 os.pread(file.fileno(), min(_SAMPLE_BYTES, stop - at), at) for at in _positions(start, stop)
             )
             yield f"{name} {tensor['dtype']} {tensor['shape']} {samples.hex()}"
+
+
+def _describe_pickled(path: Path) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        samples = b"".join(os.pread(file.fileno(), _SAMPLE_BYTES, at) for at in _positions(0, size))
+    return f"{path.name} {size} {samples.hex()}"
 
 
 def _positions(start: int, stop: int) -> range:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -24,6 +25,17 @@ OnProgress = Callable[[float, str], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Trust:
+    """What a model's folder is allowed to do, beyond being data."""
+
+    remote_code: bool = False
+    pickled_weights: bool = False
+
+
+NO_TRUST = Trust()
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """`num_layers`, `num_kv_heads` and `head_dim` are what the model was seen to keep, not what its config says."""
 
@@ -40,9 +52,15 @@ class LoadedModel:
 
 
 def load_model(
-    folder: Path, dtype: str, device: str = "cpu", on_progress: OnProgress | None = None, *, may_fuse: bool = True
+    folder: Path,
+    dtype: str,
+    device: str = "cpu",
+    on_progress: OnProgress | None = None,
+    *,
+    may_fuse: bool = True,
+    trust: Trust = NO_TRUST,
 ) -> LoadedModel:
-    """Load from local files, safetensors only. `dtype` is `auto` (the config's) or a key of `DTYPES`.
+    """Load from local files, safetensors unless more is trusted. `dtype` is `auto` (the config's) or one of `DTYPES`.
 
     Where `may_fuse`, a model of a family that `flowkv.model.fused` knows is run by that.
     `on_progress(fraction, text)` is called as it goes. ModelError if the folder has no usable model or FlowKV cannot
@@ -50,8 +68,8 @@ def load_model(
     """
     report = on_progress or (lambda fraction, text: None)
     report(0.0, "reading the configuration")
-    config = read_config(folder)
-    model_class = support.model_class(config)
+    config = read_config(folder, trust)
+    model_class = support.model_class(config, folder if trust.remote_code else None)
     max_tokens = support.max_model_tokens(config)
     dtype_name = resolve_dtype(config, dtype)
     model = load_weights(folder, model_class, config, dtype_name, report)
@@ -74,21 +92,32 @@ def load_model(
     )
 
 
-def read_config(folder: Path) -> PretrainedConfig:
+def read_config(folder: Path, trust: Trust = NO_TRUST) -> PretrainedConfig:
     """ModelError, with what to do, if the folder is not a model that can be read."""
     if not folder.is_dir():
         raise ModelError(f"There is no model folder {folder}: give the path of a downloaded Hugging Face model.")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json: give the folder that holds a Hugging Face model's files.")
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder} has no *.safetensors file: download the model's weights in that format.")
+    if not has_safetensors(folder) and not (trust.pickled_weights and any(folder.glob("*.bin"))):
+        raise ModelError(
+            f"{folder} has no *.safetensors file: download the model's weights in that format (--allow-pickled-weights "
+            "reads *.bin)."
+        )
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust.remote_code)
+    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
+        if not trust.remote_code and "trust_remote_code" in str(error):
+            raise ModelError(
+                f"The model in {folder} brings Python code of its own: read it, and give --trust-remote-code to run it."
+            ) from error
         raise ModelError(f"The config.json in {folder} cannot be used: {first_line(error)}") from error
     # Another model made from the same object would change this one's attention.
     copied: PretrainedConfig = copy.deepcopy(config)
     return copied
+
+
+def has_safetensors(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
 
 
 def first_line(error: Exception) -> str:
@@ -115,10 +144,10 @@ def load_weights(
                 dtype=DTYPES[dtype],
                 attn_implementation=ATTENTION_NAME,
                 local_files_only=True,
-                use_safetensors=True,
+                use_safetensors=has_safetensors(folder),
                 output_loading_info=True,
             )
-        except (ValueError, RuntimeError, OSError, ImportError, SafetensorError) as error:
+        except (ValueError, RuntimeError, OSError, ImportError, SafetensorError, UnpicklingError) as error:
             raise ModelError(f"The weights in {folder} cannot be loaded: {first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
     missing = sorted(loaded[1]["missing_keys"])

@@ -1,8 +1,10 @@
 """What a model's configuration and class say against serving it. `flowkv.model.probe` then watches the model itself."""
 
+from pathlib import Path
 from typing import Any, cast
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from flowkv.errors import ModelError
 
@@ -13,19 +15,35 @@ def refuse(name: str, reason: str) -> ModelError:
     return ModelError(f"FlowKV cannot serve {name}: {reason}.")
 
 
-def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The causal language model class of a configuration. ModelError, with the reason, if FlowKV cannot serve it."""
+def model_class(config: PretrainedConfig, code_folder: Path | None = None) -> type[PreTrainedModel]:
+    """The causal language model class of a configuration. ModelError, with the reason, if FlowKV cannot serve it.
+
+    `code_folder` is a model's own folder, where its code is trusted.
+    """
     name = str(config.model_type)
     reason = reason_in_config(config) or reason_in_config(config.get_text_config())
     if reason is not None:
         raise refuse(name, reason)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    found = _class(config, code_folder)
+    if found is None:
         raise refuse(name, "transformers has no causal language model of this architecture")
-    found = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     reason = reason_in_class(found)
     if reason is not None:
         raise refuse(name, reason)
     return found
+
+
+def _class(config: PretrainedConfig, code_folder: Path | None) -> type[PreTrainedModel] | None:
+    own = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if own is not None and code_folder is not None:
+        try:
+            found: Any = get_class_from_dynamic_module(own, code_folder, local_files_only=True)
+        except (OSError, ImportError, AttributeError, SyntaxError) as error:
+            raise refuse(str(config.model_type), f"its code {own} cannot be run: {error}") from error
+        return cast(type[PreTrainedModel], found)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
 
 
 def reason_in_config(config: PretrainedConfig) -> str | None:

@@ -42,6 +42,7 @@ from flowkv.server.tokenizer import Tokenizer
 from flowkv.server.trace_context import current_traceparent
 from flowkv.server.watch import ClusterWatch
 from flowkv.types import FinishReason, Output, Request
+from flowkv.usage import UsageMeter
 from flowkv.wire import AsyncMailbox, Outbox
 
 _logger = logging.getLogger(__name__)
@@ -127,6 +128,7 @@ class Frontend:
         self.watch = ClusterWatch(clock())
         self._status_s = clock()
         self._name = name
+        self._usage = UsageMeter(name)
         self._mailbox = mailbox
         self._outbox = outbox
         self._controller_address = controller_address
@@ -258,6 +260,8 @@ class Frontend:
             self._give_up_waiting()
             if (turned_away := self._mailbox.take_turned_away(self._name)) is not None:
                 self._send(turned_away)
+            if (usage := self._usage.take(self.now_s())) is not None:
+                self._send(usage)
 
     def _give_up_waiting(self) -> None:
         """A client that has waited so long for a first token hears so, and nothing is computed for it any more."""

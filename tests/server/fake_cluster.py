@@ -146,13 +146,13 @@ class FakeCluster:
                     self._handle(message)
 
     def _handle(self, message: AnyMessage) -> None:
+        self.received.append(message)  # before its answer can be read
         if isinstance(message, FrontendHello):
             self._frontend_address = message.address
             self._outbox.send(message.address, self.status)
         elif isinstance(message, Submit):
             self._on_submit(message)
         with self._changed:
-            self.received.append(message)
             self._changed.notify_all()
 
     def _on_submit(self, message: Submit) -> None:
