@@ -14,6 +14,7 @@ from flowkv.cluster.rebuild import Rebuild
 from flowkv.cluster.roles import Flip
 from flowkv.cluster.rolling import Rolling
 from flowkv.cluster.scheduler import Placement
+from flowkv.cluster.settled import Settled
 from flowkv.config import RestartConfig, SchedulingConfig, ServerConfig, SloConfig, TransferConfig
 from flowkv.errors import ProtocolError
 from flowkv.messages import (
@@ -49,7 +50,6 @@ from flowkv.types import DEFERRED, InstanceLoad, InstanceStatus, ModelInfo, Outp
 _STATUS_INTERVAL_S = 0.25
 _LOOK_INTERVAL_S = 0.1
 _MAX_ELAPSED_S = 1.0  # between two looks at the clock: after a longer stop the messages of that time are still unread
-_MAX_SETTLED = 10_000
 
 
 @dataclass(slots=True)
@@ -108,7 +108,7 @@ class Controller:
         self._dead: set[str] = set()
         self._assignments: dict[str, Assignment] = {}
         # Answers to those that ended lately, by id, oldest first: a repeated `Submit` runs nothing twice.
-        self._settled: dict[str, Accepted | Rejected] = {}
+        self._settled = Settled()
         self._model: ModelInfo | None = None
         self._lost: dict[str, str] = {}  # attempts that their frontend has not taken back yet, with that frontend
         self._num_lost = 0
@@ -157,6 +157,7 @@ class Controller:
         if self._last_tick_s is not None and elapsed_s < _LOOK_INTERVAL_S:
             return
         self._last_tick_s = now_s
+        self._settled.pass_time(now_s)
         if now_s >= self._status_due_s:
             for request_id, frontend in self._lost.items():
                 self._send(self._frontends[frontend], Lost(request_id))
@@ -222,7 +223,7 @@ class Controller:
         refused = self._refusal(request, ask, placement, now_s) if is_new else None
         if refused is not None:
             self._send(address, refused)
-            self._remember(refused)
+            self._settled.remember(refused)
             return
         self._send(address, Accepted(request.request_id))
         self._dispatch(message, ask, placement, now_s)
@@ -503,12 +504,7 @@ class Controller:
         if (assignment := self._assignments.pop(request_id, None)) is None:
             return
         self._fleet.forget(request_id, assignment.instances[0], assignment.home)
-        self._remember(Accepted(request_id))
-
-    def _remember(self, answer: Accepted | Rejected) -> None:
-        self._settled[answer.request_id] = answer
-        if len(self._settled) > _MAX_SETTLED:
-            del self._settled[next(iter(self._settled))]
+        self._settled.remember(Accepted(request_id))
 
     # --- after a restart -------------------------------------------------------------------------------------------
 
