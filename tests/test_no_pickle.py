@@ -51,9 +51,9 @@ def is_false(node: ast.expr | None) -> bool:
     return isinstance(node, ast.Constant) and node.value is False
 
 
-@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(FILES[0].parent)) for path in FILES])
-def test_no_pickle(path: Path) -> None:
-    assert list(findings(path.read_text())) == []
+def test_no_pickle() -> None:
+    assert len(FILES) > 100
+    assert [f"{path}: {finding}" for path in FILES for finding in findings(path.read_text())] == []
 
 
 @pytest.mark.parametrize(

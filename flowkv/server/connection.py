@@ -87,6 +87,7 @@ class HttpConfig(Config):
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # whoever forwards can claim any address
             timeout_graceful_shutdown=shutdown_s,
             timeout_keep_alive=_KEEP_ALIVE_S,
             ssl_context_factory=None if tls is None else lambda config, default: tls,

@@ -107,12 +107,11 @@ class Quotas:
     def __init__(self, everybody: QuotaLimits, each: QuotaLimits) -> None:
         self.everybody = Quota(everybody)
         self._each = each
-        self._of: dict[str, Quota] = {}
+        self._of: dict[str, tuple[Mapping[str, int], Quota]] = {}
 
     def of(self, name: str, own: Mapping[str, int]) -> Quota:
         """`own`: where a key's limits differ from those of each key."""
-        limits = replace(self._each, **own)
-        quota = self._of.get(name)
-        if quota is None or quota.limits != limits:
-            quota = self._of[name] = Quota(limits)
-        return quota
+        found = self._of.get(name)
+        if found is None or found[0] != own:
+            found = self._of[name] = (own, Quota(replace(self._each, **own)))
+        return found[1]
