@@ -61,7 +61,7 @@ const links = new Links();
 const feed = new Feed({
   onData: showAll,
   onSilence(error) {
-    summary.showSilence(error.name === "TimeoutError" ? "it is silent" : error.message, feed.latest && ageS());
+    summary.showSilence(error.name === "TimeoutError" ? "it is silent" : error.message);
   },
 });
 

@@ -63,10 +63,10 @@ export class Summary {
     setText(byId("age"), seconds < 2 ? "live" : `${duration(Math.round(seconds))} old`);
   }
 
-  showSilence(reason, ageS) {
+  /** The same words as long as it lasts: they are read out whenever they change. */
+  showSilence(reason) {
     this.showState("no answer", "bad");
-    const since = ageS === null ? "" : ` What is shown is from ${duration(Math.round(ageS))} ago.`;
-    this.showTrouble([`The server does not answer (${reason}). Trying again every second.${since}`]);
+    this.showTrouble([`The server does not answer (${reason}). Trying again every second; what is shown is the last that was heard.`]);
     if (!document.title.startsWith("! ")) document.title = `! ${document.title}`;
   }
 
@@ -81,7 +81,7 @@ function troubles(data) {
   const names = (rows) => rows.map((row) => row.name).join(", ");
   const stalled = data.instances.filter((row) => row.is_stalled);
   if (data.status_age_s === null) lines.push("The controller has not been heard of yet.");
-  else if (data.status_age_s > STALE_S) lines.push(`Nothing was heard of the controller for ${duration(Math.round(data.status_age_s))}.`);
+  else if (data.status_age_s > STALE_S) lines.push("Nothing is heard of the controller.");
   else if (!data.is_ready) lines.push("The cluster takes no requests yet.");
   if (stalled.length > 0) lines.push(`Stalled: ${names(stalled)}.`);
   if (data.regime === "overloaded") lines.push("There is more work than all instances can do.");
