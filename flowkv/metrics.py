@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from flowkv.types import FinishReason, InstanceStatus, LinkStatus, ProcessUsage, Regime
+from flowkv.types import FinishReason, InstanceStatus, LinkStatus, ProcessUsage, Regime, Role
+
+disable_created_metrics()  # a series more for each, which nobody looks at
 
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 PHASE_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *LATENCY_BUCKETS_S)
@@ -206,6 +208,13 @@ class ClusterCollector(Collector):
 
         for field, (name, text) in LOAD_GAUGES.items():
             yield gauge(name, text, attrgetter(f"load.{field}"))
+        roles = GaugeMetricFamily(
+            "flowkv_instance_role", "1 for the role that it has, 0 for the others", labels=["instance", "role"]
+        )
+        for status in statuses:
+            for role in Role:
+                roles.add_metric([status.name, role], status.role is role)
+        yield roles
         yield gauge("blocks_total", "KV blocks of the pool", attrgetter("num_blocks"))
         for field, (name, text) in FLAGS.items():
             yield gauge(name, text, attrgetter(field))

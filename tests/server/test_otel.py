@@ -1,13 +1,10 @@
 """Spans, as a collector gets them."""
 
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import msgspec
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -18,6 +15,7 @@ from flowkv.errors import ConfigError
 from flowkv.server.otel import OtelSpans
 from flowkv.server.timeline import RequestRecord, State
 from flowkv.server.tracing import open_spans
+from tests.otlp import Collector, collecting
 from tests.server.conftest import Served
 from tests.server.test_timeline import ARRIVAL_S, ARRIVED_AT, split_request
 
@@ -81,38 +79,10 @@ def test_only_a_failure_of_ours_is_an_error(status: int, code: StatusCode) -> No
 # --- over HTTP -----------------------------------------------------------------------------------------------------
 
 
-class Collector:
-    """What a collector is to an exporter."""
-
-    def __init__(self) -> None:
-        received = self.received = []  # type: list[tuple[str, ExportTraceServiceRequest]]
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                received.append((self.path, ExportTraceServiceRequest.FromString(body)))
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, format: str, *args: object) -> None: ...  # noqa: A002
-
-        self.server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    @property
-    def names(self) -> list[str]:
-        return [s.name for _, r in self.received for rs in r.resource_spans for ss in rs.scope_spans for s in ss.spans]
-
-
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    collector = Collector()
-    thread = threading.Thread(target=collector.server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield collector
-    collector.server.shutdown()
-    thread.join()
-    collector.server.server_close()
+    with collecting() as collector:
+        yield collector
 
 
 @pytest.mark.parametrize("is_configured", [True, False])
