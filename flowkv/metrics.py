@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from flowkv.types import FinishReason, InstanceStatus, LinkStatus, ProcessUsage, Regime, Role
 
-disable_created_metrics()  # a series more for each, which nobody looks at
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each, which nobody looks at
 
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 PHASE_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *LATENCY_BUCKETS_S)
