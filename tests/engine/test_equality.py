@@ -9,6 +9,7 @@ import torch
 from flowkv.bundled import MODEL_FOLDER
 from flowkv.config import EngineConfig
 from flowkv.engine.runner import TorchRunner
+from flowkv.grammar.matchers import Matchers
 from flowkv.model.loading import LoadedModel, load_model
 from flowkv.types import Role
 from tests.cluster_in_process import Cluster
@@ -36,7 +37,7 @@ def prompts() -> dict[str, list[int]]:
 
 
 def cluster_of(loaded: LoadedModel, roles: list[Role], num_blocks: int = 512) -> Cluster:
-    make_runner = functools.partial(TorchRunner, loaded)
+    make_runner = functools.partial(TorchRunner, loaded, matchers=Matchers(None, 0))
     return Cluster(
         roles, num_blocks=num_blocks, config=CONFIG, layout=loaded.layout(CONFIG.block_size), make_runner=make_runner
     )
