@@ -98,12 +98,11 @@ async def _serve(
 ) -> None:
     frontend = make_frontend()
     app = create_app(frontend, spec.model_name, spec.server)
-    url, *operators_urls = site.urls
 
     def announce() -> None:
-        outbox.send(spec.launcher_address, Ready(spec.name, url))
-        for operators_url in operators_urls:
-            outbox.send(spec.launcher_address, Note(f"operators' pages are at {operators_url}"))
+        outbox.send(spec.launcher_address, Ready(spec.name, site.urls[0]))
+        for text in site.notes:
+            outbox.send(spec.launcher_address, Note(text))
 
     servers = site.servers(app, frontend.count_refused, announce)
 

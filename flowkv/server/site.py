@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from flowkv.config import LimitsConfig, ServerConfig
 from flowkv.errors import ConfigError
-from flowkv.server.access import Access, access_of
+from flowkv.server.access import API_KEYS_VARIABLE, Access, access_of, is_loopback
 from flowkv.server.connection import Bounds, Connection, HttpConfig
 from flowkv.server.gate import Gate
 from flowkv.server.quotas import QuotaLimits, Quotas
@@ -40,6 +40,7 @@ class Site:
             QuotaLimits(limits.key_concurrent, limits.key_requests_per_minute, limits.key_tokens_per_minute),
         )
         main, admin = access_of(config, environ)
+        self._has_api_keys = config.api_key_file is not None or API_KEYS_VARIABLE in environ
         self._certificate = Certificate.of(config)
         self._listeners: list[tuple[socket.socket, Access]] = [(listen(config.host, config.port), main)]
         if config.admin_port is not None:
@@ -64,6 +65,19 @@ class Site:
         """Of clients' port, and of operators' where they have one."""
         scheme = "http" if self._certificate is None else "https"
         return [_url(scheme, listener) for listener, _ in self._listeners]
+
+    @property
+    def notes(self) -> list[str]:
+        """What its operator should know."""
+        host, (_, *operators_urls) = self._config.host, self.urls
+        found = [f"operators' pages are at {url}" for url in operators_urls]
+        if is_loopback(host):
+            return found
+        if not self._has_api_keys:
+            found.append(f"whoever reaches {host} may use this server (--insecure)")
+        if self._certificate is None:
+            found.append(f"keys and prompts cross the network in plain on {host}: --tls-cert-file encrypts them")
+        return found
 
     def servers(
         self, app: ASGIApp, count_refused: Callable[[int, str], None], on_listening: Callable[[], None]

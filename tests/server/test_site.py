@@ -379,3 +379,16 @@ def test_a_key_file_is_watched(tmp_path: Path) -> None:
         assert running.client(first).get("/v1/models").text == "first"
         second = add_key(path, "second")
         until(lambda: running.client(second).get("/v1/models").status_code == 200)
+
+
+def test_its_operator_is_told_what_is_open(tmp_path: Path) -> None:
+    def notes(environ: dict[str, str], **server: Any) -> str:
+        with Site(ServerConfig(port=0, **server), LimitsConfig(), environ) as site:
+            return "; ".join(site.notes)
+
+    assert notes({}) == ""
+    assert "operators' pages are at http://127.0.0.1:" in notes({}, admin_port=0)
+    everywhere = notes({}, host="0.0.0.0", insecure=True)
+    assert "whoever reaches 0.0.0.0 may use this server" in everywhere and "in plain" in everywhere
+    assert notes(KEYS, host="0.0.0.0").startswith("keys and prompts cross the network in plain on 0.0.0.0")
+    assert notes(KEYS, host="0.0.0.0", **certificate(tmp_path)) == ""
