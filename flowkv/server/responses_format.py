@@ -105,6 +105,8 @@ class ResponsesFormat:
     def _finish(self, usage: Usage) -> None:
         if self._response.status == "in_progress":
             self._response.status = "incomplete" if self._response.incomplete_details else "completed"
+        if self._items.items:  # what a failure has left open
+            self._items.close("incomplete")
         self._response.output = self._items.items
         self._response.usage = ResponsesUsage(
             usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, usage.prompt_tokens_details

@@ -156,6 +156,8 @@ def test_a_stream_that_fails_says_so(served: Served, client: openai.OpenAI) -> N
     assert last.type == "response.failed"
     assert last.response.error is not None
     assert last.response.error.message == "d0.1 died"
+    item: Any = last.response.output[0]
+    assert (item.content[0].text, item.status) == ("A", "incomplete")
 
 
 @pytest.mark.parametrize(
