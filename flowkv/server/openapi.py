@@ -10,7 +10,7 @@ from starlette.responses import Response
 from flowkv.server.endpoint import Endpoint, json_response
 from flowkv.server.response import ErrorAnswer
 
-ANYWHERE = (401, 403)  # the gate answers before any route does
+ANYWHERE = (400, 401, 403)  # the gate answers before any route does
 REASONS = {
     400: "The request is not one that can be answered; `param` names the field",
     401: "No key, or one that is not known",
