@@ -194,7 +194,7 @@ class Cluster:
         scheduling = scheduling or SchedulingConfig(roles="fixed")
         self.scheduling, self.num_controllers = scheduling, 1
         self.dead: list[str] = []
-        self.controller = Controller(len(roles), EPOCH, "local", LEASE_S, scheduling=scheduling)
+        self.controller = Controller(len(roles), EPOCH, "local", scheduling=scheduling)
         layout = layout or toy_layout(self.config.block_size)
         self.network: dict[str, LocalTransfer] = {}
         self.nodes: dict[str, Node] = {}
@@ -256,7 +256,7 @@ class Cluster:
                 queue.pop() if channel[0] == CONTROLLER else queue.popleft()
         self.num_controllers += 1
         self.controller = Controller(
-            len(self.nodes), EPOCH, "local", LEASE_S, scheduling=self.scheduling,
+            len(self.nodes), EPOCH, "local", scheduling=self.scheduling,
             name=f"{CONTROLLER}~{self.num_controllers}", rebuild=Rebuild(self.nodes, has_nodes=False),
         )  # fmt: skip
         self._post(FRONTEND, CONTROLLER, FrontendHello(FRONTEND, FRONTEND))

@@ -15,7 +15,7 @@ from flowkv.cluster.roles import Flip
 from flowkv.cluster.rolling import Rolling
 from flowkv.cluster.scheduler import Placement
 from flowkv.cluster.settled import Settled
-from flowkv.config import RestartConfig, SchedulingConfig, ServerConfig, SloConfig, TransferConfig
+from flowkv.config import RestartConfig, SchedulingConfig, ServerConfig, SloConfig
 from flowkv.errors import ProtocolError
 from flowkv.messages import (
     RESTART_MARK,
@@ -69,8 +69,8 @@ class Controller:
     """Messages in by `handle`, messages out by `take_messages` as (address, message) pairs.
 
     `num_instances` is how many must be in service before the cluster is ready, `epoch` what instances of this cluster
-    were started with, `backend` and `lease_s` are those of `TransferConfig`. `launcher_address` is who starts and stops
-    instances; None: nobody does. `name` tells this controller from earlier ones of the cluster; one that takes the
+    were started with, `backend` is that of `TransferConfig`. `launcher_address` is who starts and stops instances;
+    None: nobody does. `name` tells this controller from earlier ones of the cluster; one that takes the
     place of another has a `rebuild`.
     """
 
@@ -79,7 +79,6 @@ class Controller:
         num_instances: int,
         epoch: str,
         backend: str,
-        lease_s: float = TransferConfig().lease_s,
         *,
         slo: SloConfig | None = None,
         scheduling: SchedulingConfig | None = None,
@@ -96,7 +95,6 @@ class Controller:
         self._backend = backend
         self._scheduling = scheduling or SchedulingConfig()
         self._launcher_address = launcher_address
-        self._stall_timeout_s = STALL_S
         self._kills_hung = (restart or RestartConfig()).hung
         self._rolling = Rolling(drain_timeout_s, self._drain, self._restart)
         self._last_tick_s: float | None = None
@@ -164,7 +162,7 @@ class Controller:
         if self._rebuild is not None:
             self._go_on_rebuilding(self._rebuild, min(elapsed_s, _MAX_ELAPSED_S), now_s)
         for view in list(self._views.values()):
-            if view.pass_time(min(elapsed_s, _MAX_ELAPSED_S), self._stall_timeout_s) and view.is_in_service:
+            if view.pass_time(min(elapsed_s, _MAX_ELAPSED_S), STALL_S) and view.is_in_service:
                 self._on_stalled(view)
             if view.liveness.take_hang(STALL_S) and self._kills_hung and self._launcher_address is not None:
                 self._send(self._launcher_address, RestartInstance(view.name, hangs=True))
@@ -461,7 +459,7 @@ class Controller:
         for (request_id, peer), seconds in list(view.unanswered.items()):
             if request_id not in self._assignments:
                 self._send(view.peer.address, Abort(request_id))
-            elif seconds >= self._stall_timeout_s or self._is_stalled(peer):
+            elif seconds >= STALL_S or self._is_stalled(peer):
                 self._lose(request_id)
             else:
                 continue

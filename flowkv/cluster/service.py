@@ -86,7 +86,7 @@ class _Service:
         self._mailbox = mailbox
         self._outbox = outbox
         self._controller = Controller(
-            len(config.roles), spec.epoch, config.transfer.backend, config.transfer.lease_s,
+            len(config.roles), spec.epoch, config.transfer.backend,
             slo=config.slo, scheduling=config.scheduling, launcher_address=spec.launcher_address, name=spec.name,
             rebuild=Rebuild(spec.running, has_nodes=spec.key is not None) if spec.generation else None,
             restart=config.restart, drain_timeout_s=config.server.drain_timeout_s,

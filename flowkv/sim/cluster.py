@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from flowkv import __version__
 from flowkv.cluster.controller import Controller
-from flowkv.config import ClusterConfig
+from flowkv.config import ClusterConfig, RestartConfig
 from flowkv.engine.effects import Write
 from flowkv.messages import (
     FrontendHello,
@@ -61,8 +61,9 @@ class SimCluster:
         self._to_frontend = to_frontend
         self._links = LinkModel(config.simulate.link_bytes_per_s, config.simulate.call_s)
         self.controller = Controller(
-            len(config.roles), _EPOCH, BACKEND, config.transfer.lease_s,
+            len(config.roles), _EPOCH, BACKEND,
             slo=config.slo, scheduling=config.scheduling, launcher_address=LAUNCHER,
+            restart=RestartConfig(hung=False),  # a step may be as long as it likes
         )  # fmt: skip
         self.send(FRONTEND, CONTROLLER, FrontendHello(FRONTEND, FRONTEND))
         for role, cost in zip(config.roles, costs, strict=True):

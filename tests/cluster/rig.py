@@ -22,7 +22,6 @@ from flowkv.messages import (
 from flowkv.types import InstanceCounters, InstanceLoad, LinkStatus, ModelInfo, Request, Role, SamplingParams
 from tests.pools import descriptor
 
-LEASE_S = 2.5
 STALL_S = 5
 LAUNCHER = "launcher"
 MODEL = ModelInfo(name="m", dtype="float32", vocab_size=10, max_model_tokens=1000)
@@ -46,7 +45,7 @@ class Rig:
         restart: RestartConfig | None = None,
     ) -> None:
         self.controller = Controller(
-            len(roles), "epoch", "local", LEASE_S, slo=slo, scheduling=scheduling, launcher_address=launcher_address,
+            len(roles), "epoch", "local", slo=slo, scheduling=scheduling, launcher_address=launcher_address,
             restart=restart,
         )  # fmt: skip
         self.now_s = 0.0

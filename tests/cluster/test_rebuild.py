@@ -24,7 +24,7 @@ from flowkv.messages import (
     Submit,
 )
 from flowkv.types import InstanceCounters, InstanceLoad, LinkStatus, Request, Role, SamplingParams
-from tests.cluster.rig import LEASE_S, MODEL, Out
+from tests.cluster.rig import MODEL, Out
 from tests.pools import descriptor
 
 
@@ -32,7 +32,7 @@ class Restarted:
     def __init__(self, *expected: str, has_nodes: bool = False) -> None:
         rebuild = Rebuild(expected, has_nodes=has_nodes)
         self.controller = Controller(
-            1, "epoch", "local", LEASE_S, name="controller~1", rebuild=rebuild, launcher_address="launcher"
+            1, "epoch", "local", name="controller~1", rebuild=rebuild, launcher_address="launcher"
         )
         self.now_s = 0.0
         self.controller.tick(self.now_s)

@@ -1,5 +1,6 @@
 """Real servers for tests: `flowkv serve` and `flowkv join` as a user starts them, in process groups of their own."""
 
+import contextlib
 import os
 import re
 import signal
@@ -62,8 +63,9 @@ class Launched:
     def pid_of(self, name: str) -> int:
         """The process of an instance, by what `ps` calls it."""
         for pid in self.processes():
-            if pid != self.process.pid and Path(f"/proc/{pid}/comm").read_text().strip() == name[:15]:
-                return pid
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                if pid != self.process.pid and Path(f"/proc/{pid}/comm").read_text().strip() == name[:15]:
+                    return pid
         raise AssertionError(f"no process of {name}")
 
     def run_folder(self) -> Path:
