@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, Counter, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from flowkv.histogram import Histogram, LabelledHistogram
 from flowkv.types import FinishReason, InstanceStatus, LinkStatus, ProcessUsage, Regime, Role
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each, which nobody looks at
 
-LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 PHASE_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *LATENCY_BUCKETS_S)
 TOKEN_BUCKETS = tuple(2**power for power in range(0, 19, 2))
 ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.4, 1.0, 2.5)
@@ -254,9 +255,8 @@ class FrontendMetrics:
         self.e2e_s = self._histogram("e2e", "Arrival to the end of the last choice", LATENCY_BUCKETS_S)
         self.tpot_s = self._histogram("tpot", "Mean gap between the output tokens of a request", ITL_BUCKETS_S)
         text = "Time of a request in each phase of its life; docs/observability.md lists them"
-        self._phase_s = Histogram(
-            "flowkv_phase_seconds", text, ["phase"], buckets=PHASE_BUCKETS_S, registry=self.registry
-        )
+        self._phase_s = LabelledHistogram("flowkv_phase_seconds", text, "phase", PHASE_BUCKETS_S)
+        self.registry.register(self._phase_s)
         self._request_prompt_tokens = self._sizes("prompt", "Prompt tokens of a request")
         self._request_output_tokens = self._sizes("output", "Output tokens of a request, of all of its choices")
         self.num_requests = self._counter("requests", "Requests submitted")
@@ -278,8 +278,8 @@ class FrontendMetrics:
     def count_ended(self, request: EndedRequest) -> None:
         """Once a request, whatever became of it."""
         for phase in request.phases:
-            self._phase_s.labels(phase.name).observe(phase.seconds)
-        self._phase_s.labels("unaccounted").observe(request.unaccounted_s)
+            self._phase_s.observe(phase.name, phase.seconds)
+        self._phase_s.observe("unaccounted", request.unaccounted_s)
         self._request_prompt_tokens.observe(request.prompt_tokens)
         self._request_output_tokens.observe(request.output_tokens)
         if request.tpot_s is not None:
@@ -297,10 +297,14 @@ class FrontendMetrics:
         return generate_latest(self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"flowkv_{name}_seconds", text, buckets=buckets, registry=self.registry)
+        histogram = Histogram(f"flowkv_{name}_seconds", text, buckets)
+        self.registry.register(histogram)
+        return histogram
 
     def _sizes(self, name: str, text: str) -> Histogram:
-        return Histogram(f"flowkv_request_{name}_tokens", text, buckets=TOKEN_BUCKETS, registry=self.registry)
+        histogram = Histogram(f"flowkv_request_{name}_tokens", text, TOKEN_BUCKETS)
+        self.registry.register(histogram)
+        return histogram
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"flowkv_{name}", text, registry=self.registry)

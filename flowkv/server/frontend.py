@@ -479,8 +479,7 @@ class Frontend:
         gap_s = None if last_s is None else (now_s - last_s) / len(delta.token_ids)
         self.history.tokens(now_s, len(delta.token_ids), gap_s)
         if gap_s is not None:
-            for _ in delta.token_ids:
-                self.metrics.itl_s.observe(gap_s)
+            self.metrics.itl_s.observe(gap_s, len(delta.token_ids))
 
     def _choice(self, number: int, request: Request, options: TextOptions) -> Choice:
         detokenizer = self.tokenizer.detokenizer(

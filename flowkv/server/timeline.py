@@ -263,14 +263,14 @@ def _before(
 
 def _covered_s(phases: Iterable[Phase], elapsed_s: float) -> float:
     """Seconds up to `elapsed_s` that at least one phase covers."""
+    spans = [(p.start_s, p.start_s + p.seconds) for p in phases if p.name is not PhaseName.DETOKENIZE]
+    spans.sort()
     covered_s = at_s = 0.0
-    for phase in sorted(phases, key=lambda phase: phase.start_s):
-        if phase.name is PhaseName.DETOKENIZE:
-            continue
-        end_s = min(phase.start_s + phase.seconds, elapsed_s)
-        covered_s += max(0.0, end_s - max(at_s, phase.start_s))
-        at_s = max(at_s, end_s)
-    return covered_s
+    for start_s, end_s in spans:
+        if end_s > at_s:
+            covered_s += end_s - (start_s if start_s > at_s else at_s)
+            at_s = end_s
+    return min(covered_s, elapsed_s)
 
 
 def server_timing(records: Iterable[RequestRecord]) -> str:
