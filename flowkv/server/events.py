@@ -7,10 +7,12 @@ from enum import StrEnum
 import msgspec
 
 from flowkv.messages import RESTART_MARK, ClusterStatus
-from flowkv.types import InstanceStatus, Role
+from flowkv.types import InstanceStatus, Regime, Role
 
 MAX_EVENTS = 200
 RETURN_S = 10.0  # a controller that was started again is not asked before about instances that it does not know yet
+
+REGIME_S = 3.0  # a regime that lasts less is none
 
 
 class EventKind(StrEnum):
@@ -49,14 +51,24 @@ class EventLog:
         self._last = ClusterStatus(False, None, 0, [])
         self._known: dict[str, InstanceStatus] = {}  # those that are there, as far as is known
         self._returned_by_s = now_s  # until then nobody is missed
+        self._regime = self._told_regime = Regime.NORMAL
+        self._regime_since_s = now_s
 
     def observe(self, now_s: float, status: ClusterStatus) -> None:
         if self._last.controller not in ("", status.controller):
             self._returned_by_s = now_s + RETURN_S
             self.events.append(Event(time_s=now_s, kind=EventKind.CONTROLLER))
         self.events.extend(_of_cluster(now_s, self._last, status))
+        self.events.extend(self._of_regime(now_s, status.regime))
         self.events.extend(self._of_instances(now_s, {instance.name: instance for instance in status.instances}))
         self._last = status
+
+    def _of_regime(self, now_s: float, regime: Regime) -> Iterator[Event]:
+        if regime is not self._regime:
+            self._regime, self._regime_since_s = regime, now_s
+        if regime is not self._told_regime and now_s - self._regime_since_s >= REGIME_S:
+            yield Event(time_s=self._regime_since_s, kind=EventKind.REGIME, detail=f"{self._told_regime} to {regime}")
+            self._told_regime = regime
 
     def _of_instances(self, now_s: float, new: Mapping[str, InstanceStatus]) -> Iterator[Event]:
         replaced = {_seat(name) for name in new.keys() - self._known.keys()}
@@ -74,8 +86,6 @@ class EventLog:
 def _of_cluster(now_s: float, before: ClusterStatus, after: ClusterStatus) -> Iterator[Event]:
     if after.ready is not before.ready:
         yield Event(time_s=now_s, kind=EventKind.READY if after.ready else EventKind.NOT_READY)
-    if after.regime is not before.regime:
-        yield Event(time_s=now_s, kind=EventKind.REGIME, detail=f"{before.regime} to {after.regime}")
     if after.controller == before.controller and after.num_lost > before.num_lost:
         yield Event(time_s=now_s, kind=EventKind.LOST, detail=str(after.num_lost - before.num_lost))
 

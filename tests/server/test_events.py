@@ -3,7 +3,7 @@ from typing import Any
 import msgspec
 
 from flowkv.messages import ClusterStatus
-from flowkv.server.events import MAX_EVENTS, RETURN_S, EventKind, EventLog
+from flowkv.server.events import MAX_EVENTS, REGIME_S, RETURN_S, EventKind, EventLog
 from flowkv.types import InstanceCounters, InstanceLoad, InstanceStatus, Regime, Role
 
 
@@ -67,8 +67,16 @@ def test_stalled_and_heard_again() -> None:
 def test_the_cluster_itself() -> None:
     assert events(cluster(), cluster(ready=False)) == [(EventKind.NOT_READY, "")]
     assert events(cluster(ready=False), cluster()) == [(EventKind.READY, "")]
-    assert events(cluster(), cluster(regime=Regime.OVERLOADED)) == [(EventKind.REGIME, "")]
     assert events(cluster(num_lost=1), cluster(num_lost=3)) == [(EventKind.LOST, "")]
+
+
+def test_a_regime_is_told_once_it_has_lasted() -> None:
+    log = EventLog(-1.0)
+    busy = {9.0: Regime.OVERLOADED, 9.5: Regime.NORMAL, 20.0: Regime.OVERLOADED, 20.0 + REGIME_S: Regime.OVERLOADED}
+    for now_s, regime in busy.items():
+        log.observe(now_s, cluster(regime=regime))
+    told = [(event.time_s, event.detail) for event in log.events if event.kind is EventKind.REGIME]
+    assert told == [(20.0, "normal to overloaded")]
 
 
 def test_a_frontend_says_when_it_was_started() -> None:
