@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from flowkv.messages import Lost, Rejected
+from flowkv.types import ATTEMPT_MARK, Output, Request
 from tests.server.conftest import Served
 from tests.server.fake_cluster import outputs
 
@@ -38,6 +40,19 @@ def test_one_that_runs_is_live(served: Served) -> None:
         assert (live["state"], live["e2el_s"]) == ("decoding", None)
     served.cluster.wait_for(lambda: bool(served.cluster.aborts))
     assert last(served)["state"] == "aborted"
+
+
+def test_a_request_that_went_on_elsewhere_shows_its_attempts(served: Served) -> None:
+    def answer(request: Request) -> list[Output | Rejected | Lost]:
+        whole: list[Output | Rejected | Lost] = [*outputs(request, list(b"hello"))]
+        return whole[2:] if ATTEMPT_MARK in request.request_id else [*whole[:2], Lost(request.request_id)]
+
+    served.cluster.answer = answer
+    assert served.client.post("/v1/completions", json=BODY).json()["choices"][0]["text"] == "hello"
+    record = last(served)
+    assert record["num_attempts"] == 2
+    phases: list[dict[str, object]] = record["phases"]  # type: ignore[assignment]
+    assert [phase["attempt"] for phase in phases if phase["name"] == "place"] == [0, 1]
 
 
 def test_the_length_of_the_lists_is_bounded(served: Served) -> None:
