@@ -8,7 +8,7 @@ from flowkv.errors import RequestError
 from flowkv.server.structured import Constraint, schema_grammar
 from flowkv.server.tools.json_formats import call_list
 from flowkv.server.tools.reader import NamedReader, NewReader, ToolReader
-from flowkv.server.tools.tagged_grammar import IsToken, tagged_calls
+from flowkv.server.tools.tagged_grammar import IsToken, json_rule, tagged_calls
 from flowkv.server.tools.tool_format import ToolFormat, ToolSchemas
 from flowkv.types import Grammar, GrammarKind
 
@@ -53,7 +53,7 @@ class TaggedCalls:
         return self._bound("start: calls", {name: tools[name]}, False)
 
     def optional(self, tools: ToolSchemas, answer: Constraint, *, parallel: bool) -> Bound:
-        return self._bound(f"start: calls | answer\nanswer: %json {_schema(answer)}", tools, parallel)
+        return self._bound(f"start: calls | answer\n{json_rule('answer', _schema(answer))}", tools, parallel)
 
     def _bound(self, start: str, tools: ToolSchemas, parallel: bool) -> Bound:
         rules = tagged_calls(tools, parallel=parallel, is_token=self._is_token)
@@ -105,14 +105,14 @@ def _merge(known: dict[str, Any], more: dict[str, Any]) -> None:
             raise RequestError(f"two functions of tools define {name!r} differently", param=_FIELD)
 
 
-def _schema(answer: Constraint) -> str:
-    """On one line, as Lark takes it. Raises `RequestError` (400) for what is no JSON."""
+def _schema(answer: Constraint) -> Any:
+    """Raises `RequestError` (400) where it has none."""
     match answer.grammar.kind:
         case GrammarKind.JSON_OBJECT:
-            return '{"type": "object"}'
+            return {"type": "object"}
         case GrammarKind.JSON_SCHEMA:
             try:
-                return json.dumps(json.loads(answer.grammar.text))
+                return json.loads(answer.grammar.text)
             except (ValueError, RecursionError) as error:
                 raise RequestError(f"{answer.param}: {error}", param=answer.param, code="invalid_grammar") from error
         case _:

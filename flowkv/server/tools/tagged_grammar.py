@@ -8,14 +8,16 @@ from flowkv.server.tools.tool_format import ToolSchemas
 
 IsToken = Callable[[str], bool]
 # As Python writes JSON, and so as chat templates show it to models.
-_AS_TEMPLATES_WRITE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_AS_TEMPLATES_WRITE = {
+    "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": True,
+}  # fmt: skip
 _DEFINITIONS = ("$defs", "definitions")
 
 
 def tagged_calls(tools: ToolSchemas, *, parallel: bool, is_token: IsToken) -> str:
     """Rules of which `calls` is one call at least, and no more unless `parallel`."""
     begin, end = (_literal(tag, is_token) for tag in ("<tool_call>", "</tool_call>"))
-    objects = [f"call_{number}: %json {json.dumps(_call(*tool))}" for number, tool in enumerate(tools.items())]
+    objects = [json_rule(f"call_{number}", _call(*tool)) for number, tool in enumerate(tools.items())]
     one = " | ".join(f"call_{number}" for number in range(len(tools)))
     return "\n".join(
         [
@@ -24,6 +26,13 @@ def tagged_calls(tools: ToolSchemas, *, parallel: bool, is_token: IsToken) -> st
             *objects,
         ]
     )
+
+
+def json_rule(name: str, schema: Any) -> str:
+    """A value that follows a schema. It stands on one line, as Lark takes it."""
+    if isinstance(schema, dict):
+        schema = {**schema, "x-guidance": _AS_TEMPLATES_WRITE}
+    return f"{name}: %json {json.dumps(schema)}"
 
 
 def _literal(tag: str, is_token: IsToken) -> str:
@@ -39,6 +48,5 @@ def _call(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
         "properties": {"name": {"const": name}, "arguments": arguments},
         "required": ["name", "arguments"],
         "additionalProperties": False,
-        "x-guidance": _AS_TEMPLATES_WRITE,
         **{key: parameters[key] for key in _DEFINITIONS if key in parameters},
     }

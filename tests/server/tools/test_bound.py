@@ -98,6 +98,13 @@ def test_an_answer_instead_of_calls() -> None:
     assert read(made, '{"a": null}') == ('{"a": null}', [])
 
 
+def test_one_of_several_is_taken_as_any_of_them() -> None:
+    either = {"oneOf": [{"type": "null"}, {"type": "integer"}]}
+    tools = {"f": {"type": "object", "properties": {"x": either}, "required": ["x"]}}
+    for calls, text in ((TAGGED, ONE), (JsonCalls(), f"[{LISTED}]")):
+        assert is_allowed(calls.required(tools, parallel=False).constraint.grammar, text)
+
+
 @pytest.mark.parametrize("text", ["{", "[" * 100_000])
 def test_an_answer_of_no_schema(text: str) -> None:
     answer = Constraint(Grammar(kind=GrammarKind.JSON_SCHEMA, text=text), "guided_json")
