@@ -1,8 +1,11 @@
 """What operators see of a real cluster: metrics that are documented and drawn, timelines, spans, logs."""
 
 import json
+import os
 import re
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from tests.e2e.server import Server, eventually, serving
 from tests.otlp import Collector, collecting
 
 DOCS = Path(__file__).parents[2] / "docs"
+STEP_S = 0.02
 SECRET = "nobody else is to read this"
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 _NAME = re.compile(r"\bflowkv_[a-z0-9_]+\b")
@@ -40,7 +44,8 @@ def watched() -> Iterator[Watched]:
     with (
         collecting() as collector,
         serving(
-            "--toy", "--log-format", "json", "--log-level", "info", "--otlp-endpoint", collector.url,
+            "--toy", "--decode", "2", "--roles", "fixed", "--set", f"toy_step_s={STEP_S}",
+            "--log-format", "json", "--log-level", "info", "--otlp-endpoint", collector.url,
             environment={"OTEL_BSP_SCHEDULE_DELAY": "50"},
         ) as server,
     ):  # fmt: skip
@@ -51,7 +56,9 @@ def watched() -> Iterator[Watched]:
         answer = server.client.post("/v1/completions", json=body, headers=headers)
         assert answer.status_code == 200
         assert server.client.post("/v1/completions", json=body | {"max_tokens": 10**6}).status_code == 400
-        eventually(lambda: sum(server.gauge("flowkv_link_bytes_total").values()) > 0, "a report of the transfer")
+        eventually(
+            lambda: sum(server.gauge("flowkv_instance_transfer_bytes_total").values()) > 0, "a report of the transfer"
+        )
         yield Watched(server, collector, answer.headers["server-timing"])
 
 
@@ -86,9 +93,11 @@ def test_every_metric_is_documented_and_every_documented_one_is_there(watched: W
 
 def test_a_split_request_says_where_its_time_went(watched: Watched) -> None:
     phases = re.findall(r'(\w+);dur=[\d.]+;desc="([^"]+)"', watched.header)
+    decoder = phases[-2][1]
+    assert decoder.startswith("decode-")
     assert phases == [
         ("tokenize", "frontend"), ("place", "frontend"), ("queued", "prefill-0"), ("prefill", "prefill-0"),
-        ("reserved", "decode-0"), ("transfer", "decode-0"), ("waiting", "decode-0"), ("decode", "decode-0"),
+        ("reserved", decoder), ("transfer", decoder), ("waiting", decoder), ("decode", decoder),
         ("detokenize", "frontend"),
     ]  # fmt: skip
 
@@ -105,6 +114,30 @@ def test_every_line_is_an_object_and_none_has_the_prompt(watched: Watched) -> No
     assert {line["process"] for line in lines} >= {"launcher", "frontend"}
     assert SECRET not in "".join(watched.server.lines)
     ended = [line for line in lines if "find-me" in line.get("request_id", "")]
-    [(status, instance)] = [(line["status"], line["decode_instance"]) for line in ended]
-    assert (status, instance) == (200, "decode-0")
+    assert [(line["status"], line["prefill_instance"]) for line in ended] == [(200, "prefill-0")]
     assert [line["error"] for line in lines if line.get("status") == 400] == ["context_length_exceeded"]
+
+
+def test_an_instance_that_is_killed_is_seen_everywhere(watched: Watched) -> None:
+    server = watched.server
+    body = {"prompt": "x" * 40, "max_tokens": 100, "ignore_eos": True}
+    with ThreadPoolExecutor(1) as pool:
+        answering = pool.submit(server.client.post, "/v1/completions", json=body)
+        eventually(lambda: decoders(server) != [], "a request that is decoded")
+        [victim] = decoders(server)
+        os.kill(server.pid_of(victim), signal.SIGKILL)
+        assert answering.result().status_code == 200
+    record = server.client.get("/requests?limit=1").json()["recent"][0]
+    assert record["num_attempts"] == 2
+    assert next(phase["where"] for phase in record["phases"] if phase["name"] == "decode") == victim
+    assert "flowkv_recoveries_total 1.0" in server.client.get("/metrics").text
+    restarts = f'flowkv_process_restarts_total{{process="{victim}"}} 1.0'
+    eventually(lambda: restarts in server.client.get("/metrics").text, "a line of the new process")
+    line = next(line for line in map(json.loads, server.lines) if "what held it is gone" in line["message"])
+    assert line["request_id"] == record["request_id"]
+
+
+def decoders(server: Server) -> list[str]:
+    """Of requests that run."""
+    live = server.client.get("/requests").json()["live"]
+    return [record["decode_instance"] for record in live if record["decode_instance"]]
