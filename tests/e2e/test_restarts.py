@@ -163,13 +163,10 @@ def test_a_killed_fork_server_is_replaced_when_the_next_instance_is_started() ->
         assert fork_server_of(server, "decode-0~1") != pid
 
 
-@pytest.mark.parametrize("first", [None, "controller", "frontend", "fork server"])
-def test_a_killed_launcher_leaves_nothing_behind_whatever_was_killed_before(first: str | None) -> None:
-    server = Server(*CHECKED, "--set", "restart.max_failures=100")
-    if first == "fork server":
-        os.kill(fork_server_of(server, "decode-0"), signal.SIGKILL)
-    elif first is not None:
-        os.kill(server.pid_of(first), signal.SIGKILL)
+@pytest.mark.parametrize("first", ["controller", "frontend", "fork server"])
+def test_a_killed_launcher_leaves_nothing_behind_whatever_was_killed_before(first: str) -> None:
+    server = Server(*CHECKED)
+    os.kill(fork_server_of(server, "decode-0") if first == "fork server" else server.pid_of(first), signal.SIGKILL)
     server.process.send_signal(signal.SIGKILL)
     server.wait()
     eventually(lambda: server.processes() == [], "every process is gone")
