@@ -41,7 +41,9 @@ class Answer:
         pieces = self._reader.push(text)
         if finish_reason is not None:
             pieces += self._reader.finish()
-        self._num_calls += sum(isinstance(piece, CallBegin) for piece in pieces)
+        for piece in pieces:
+            if isinstance(piece, CallBegin):
+                self._num_calls += 1
         has_called = finish_reason is FinishReason.STOP and self._num_calls > 0
         self.finish_reason = TOOL_CALLS if has_called else finish_reason
         return pieces

@@ -46,7 +46,7 @@ def document(endpoints: list[Endpoint], version: str) -> dict[str, Any]:
     for one in types:
         for name in getattr(one, "unsupported", ()):  # known, so that it can be refused
             components[one.__name__]["properties"].pop(name, None)
-    schema_of = dict(zip(map(repr, types), schemas, strict=True))
+    schema_of = dict(zip(types, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in endpoints:
         operations = paths.setdefault(_PARAMETER.sub(r"{\1}", endpoint.path), {})
@@ -67,10 +67,10 @@ def _types(endpoints: list[Endpoint]) -> list[Any]:
         for one in (endpoint.body, endpoint.answer, *(answer for _, answer in endpoint.others))
         if one is not None
     ]
-    return list({repr(one): one for one in found}.values())
+    return list(dict.fromkeys(found))
 
 
-def _operation(endpoint: Endpoint, schema_of: dict[str, Any]) -> dict[str, Any]:
+def _operation(endpoint: Endpoint, schema_of: dict[Any, Any]) -> dict[str, Any]:
     words = _PARAMETER.sub(r"\1", f"{endpoint.method.lower()}{endpoint.path}")
     operation: dict[str, Any] = {
         "operationId": re.sub(r"\W+", "_", words),
@@ -79,16 +79,13 @@ def _operation(endpoint: Endpoint, schema_of: dict[str, Any]) -> dict[str, Any]:
         "responses": {"200": _answer(endpoint, schema_of)},
     }
     if endpoint.body is not None:
-        content = {"application/json": {"schema": schema_of[repr(endpoint.body)]}}
+        content = {"application/json": {"schema": schema_of[endpoint.body]}}
         operation["requestBody"] = {"required": True, "content": content}
     for status, answer in endpoint.others:
-        operation["responses"][str(status)] = {
-            "description": REASONS[status],
-            "headers": {"X-Request-Id": _REQUEST_ID},
-            "content": {"application/json": {"schema": schema_of[repr(answer)]}},
-        }
+        operation["responses"][str(status)] = _other(status, schema_of[answer], {})
     for status in sorted({*endpoint.errors, *ANYWHERE}):
-        operation["responses"][str(status)] = _error(status, schema_of)
+        headers = {"Retry-After": _RETRY_AFTER} if status in (429, 503) else {}
+        operation["responses"][str(status)] = _other(status, schema_of[ErrorAnswer], headers)
     return operation
 
 
@@ -101,18 +98,18 @@ def _parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
     return in_path + [{"name": name, "in": "query", "schema": schema} for name in endpoint.query]
 
 
-def _answer(endpoint: Endpoint, schema_of: dict[str, Any]) -> dict[str, Any]:
+def _answer(endpoint: Endpoint, schema_of: dict[Any, Any]) -> dict[str, Any]:
     media_type = endpoint.media_type.partition(";")[0]
-    schema = {} if endpoint.answer is None else schema_of[repr(endpoint.answer)]
+    schema = {} if endpoint.answer is None else schema_of[endpoint.answer]
     content = {media_type: {"schema": schema if media_type == "application/json" else {"type": "string"}}}
     if endpoint.is_streamed:
         content["text/event-stream"] = {"schema": {"type": "string", "description": "Where `stream` is true"}}
     return {"description": endpoint.summary, "headers": {"X-Request-Id": _REQUEST_ID}, "content": content}
 
 
-def _error(status: int, schema_of: dict[str, Any]) -> dict[str, Any]:
-    headers: dict[str, Any] = {"X-Request-Id": _REQUEST_ID}
-    if status in (429, 503):
-        headers["Retry-After"] = _RETRY_AFTER
-    content = {"application/json": {"schema": schema_of[repr(ErrorAnswer)]}}
-    return {"description": REASONS[status], "headers": headers, "content": content}
+def _other(status: int, schema: dict[str, Any], headers: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "description": REASONS[status],
+        "headers": {"X-Request-Id": _REQUEST_ID, **headers},
+        "content": {"application/json": {"schema": schema}},
+    }
