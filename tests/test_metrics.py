@@ -1,8 +1,9 @@
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
+from flowkv.cluster_metrics import COUNTERS, LOAD_GAUGES
 from flowkv.messages import ClusterStatus
-from flowkv.metrics import COUNTERS, LOAD_GAUGES, FrontendMetrics
+from flowkv.metrics import FrontendMetrics
 from flowkv.types import (
     FinishReason,
     InstanceCounters,

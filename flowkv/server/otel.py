@@ -23,7 +23,7 @@ from flowkv.server.timeline import PhaseName, RequestRecord
 _MAX_WAITING = 4096  # requests; those beyond are dropped
 _CLOSE_S = 2.0
 _TRACES_PATH = "/v1/traces"
-_CHAT_PREFIX = "chatcmpl-"
+_COMPLETION_PREFIX = "cmpl-"  # of request ids
 
 _logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class OtelSpans:
         self._provider.shutdown()
 
     def _write(self, record: RequestRecord) -> None:
-        operation = "chat" if record.request_id.startswith(_CHAT_PREFIX) else "text_completion"
+        operation = "text_completion" if record.request_id.startswith(_COMPLETION_PREFIX) else "chat"
         parent = self._tracer.start_span(
             f"{operation} {self._model_name}",
             context=self._parent(record),
