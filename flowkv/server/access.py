@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, auto
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -199,6 +200,7 @@ def host_name(host: str) -> str:
     return host if found is None else found[1].lower()
 
 
+@lru_cache(maxsize=64)
 def is_loopback(name: str) -> bool:
     """Whether a host, by name or address, is this machine's alone. Nothing is resolved."""
     text = name.lower().removeprefix("[").removesuffix("]")

@@ -1,7 +1,7 @@
 """From a body and a prompt's ids to a `Request` that any instance can run: defaults filled in, limits checked."""
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from flowkv.config import LimitsConfig
@@ -26,9 +26,9 @@ class Limits:
         room = min(max_request_tokens, model.max_model_tokens)
         return cls(model.vocab_size, model.max_model_tokens, room, config.prompt_tokens, config.choices)
 
-    def check_ids(self, name: str, token_ids: Iterable[int]) -> None:
-        bad = next((token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size), None)
-        if bad is not None:
+    def check_ids(self, name: str, token_ids: Collection[int]) -> None:
+        if token_ids and (min(token_ids) < 0 or max(token_ids) >= self.vocab_size):
+            bad = next(token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size)
             reason = f"{name} holds the token id {bad}, outside the vocabulary of {self.vocab_size}"
             raise RequestError(reason, param=name)
 

@@ -87,7 +87,7 @@ class ModelTokenizer:
         return self.eos_token_ids
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._encode(text, add_special_tokens)
 
     @property
     def tool_template(self) -> str | None:
@@ -99,7 +99,11 @@ class ModelTokenizer:
         if template is None:
             raise RequestError("this model has no chat template: use /v1/completions", code="no_chat_template")
         # The template writes the special tokens itself.
-        return self._tokenizer.encode(template.render(conversation), add_special_tokens=False).ids
+        return self._encode(template.render(conversation), False)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """`encode` would also say where in the text each token stands, which takes a quarter of its time."""
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
