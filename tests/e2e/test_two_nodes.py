@@ -183,6 +183,7 @@ def test_another_key_lets_nobody_in(nodes: Nodes) -> None:
         assert server_roles(server) == {"mixed-0"}
 
 
+@pytest.mark.slow  # toys: test_greedy_tokens_are_those_of_one_instance; who is refused: tests/cluster/test_admission
 def test_the_bundled_model_answers_the_same_through_two_nodes_and_no_other_model_gets_in(
     nodes: Nodes, tmp_path: Path
 ) -> None:
