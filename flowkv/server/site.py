@@ -40,7 +40,7 @@ class Site:
             QuotaLimits(limits.key_concurrent, limits.key_requests_per_minute, limits.key_tokens_per_minute),
         )
         main, admin = access_of(config, environ)
-        self._has_api_keys = config.api_key_file is not None or API_KEYS_VARIABLE in environ
+        self._has_api_keys = config.api_key_file is not None or bool(environ.get(API_KEYS_VARIABLE, "").strip())
         self._certificate = Certificate.of(config)
         self._listeners: list[tuple[socket.socket, Access]] = [(listen(config.host, config.port), main)]
         if config.admin_port is not None:

