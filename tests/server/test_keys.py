@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from flowkv.errors import ConfigError
-from flowkv.server.keys import KeyRing, add_key, digest_of, key_line, new_key, read_file, read_variable
+from flowkv.server.keys import ApiKey, KeyRing, add_key, digest_of, key_line, new_key, read_file, read_variable
 
 NAMES = "API_KEYS"
 
@@ -20,6 +20,15 @@ def test_a_key_is_found_by_its_hash_alone(tmp_path: Path) -> None:
         assert found is not None and found.name == name
     assert ring.find(new_key(), 0.0) is None
     assert ring.find(digest_of(keys["alice"]).hex(), 0.0) is None  # who has read the file has no key
+
+
+def test_the_whole_hash_counts() -> None:
+    key = new_key()
+    digest = digest_of(key)
+    for position in (0, 31):
+        other = digest[:position] + bytes([digest[position] ^ 1]) + digest[position + 1 :]
+        assert KeyRing([ApiKey("a", other)]).find(key, 0.0) is None
+    assert KeyRing([ApiKey("a", digest)]).find(key, 0.0) is not None
 
 
 def test_lines_have_limits_and_comments(tmp_path: Path) -> None:

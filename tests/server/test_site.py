@@ -262,7 +262,7 @@ def test_headers_that_are_too_large(is_one: bool, caplog: pytest.LogCaptureFixtu
             client.sendall(b"GET /health HTTP/1.1\r\nX: " + b"x" * 5000)
             assert read_all(client).startswith(b"HTTP/1.1 431")
         with socket.create_connection(running.address) as client:  # a path is one of them
-            client.sendall(b"GET /" + b"x" * 5000)
+            client.sendall(b"GET /" + b"x" * 5000 + b" HTTP/1.1\r\n\r\n")
             assert read_all(client).startswith(b"HTTP/1.1 431")
         fine = running.client()
         assert fine.post("/v1/x", content=b"x" * 100_000).status_code == 200
