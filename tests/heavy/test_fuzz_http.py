@@ -73,9 +73,8 @@ def fault(answer: httpx.Response) -> str | None:
     if status >= 400:
         error = answer.json().get("error") if answer.headers.get("content-type") == "application/json" else None
         return None if error and error["message"] and error["type"] else f"a {status} that does not say why"
-    if '"server_error"' in answer.text or '"finish_reason":"error"' in answer.text:
-        return "an error in the midst of a stream"
-    return None
+    is_stream = answer.headers.get("content-type", "").startswith("text/event-stream")
+    return "an error in the midst of a stream" if is_stream and '"server_error"' in answer.text else None
 
 
 def resident_bytes(server: Server) -> dict[str, int]:
