@@ -1,6 +1,6 @@
 """The body of `POST /v1/chat/completions`."""
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
@@ -29,8 +29,8 @@ class ChatBody(GenerationBody, frozen=True, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     functions: list[Any] | None = None
-    function_call: str | dict[str, Any] | None = None
-    modalities: list[str] | None = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: Annotated[list[Literal["text"]], Meta(min_length=1, max_length=1)] | None = None
     audio: dict[str, Any] | None = None
 
     @property
@@ -45,16 +45,9 @@ class ChatBody(GenerationBody, frozen=True, kw_only=True):
         super().check()
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
-        self._refuse_other("function_call", ("none", "auto"))
-        self._refuse_other("modalities", (["text"],))
         check_messages(self.messages)
         check_tools(self.tools or [], self.tool_choice)
         check_template_use(self.add_generation_prompt, self.continue_final_message, self.chat_template_kwargs)
-
-    def _refuse_other(self, name: str, allowed: tuple[Any, ...]) -> None:
-        value = getattr(self, name)
-        if value is not None and value not in allowed:
-            raise RequestError(f"{name} of {value!r} is not supported", param=name)
 
 
 _decoder = msgspec.json.Decoder(ChatBody)

@@ -5,7 +5,7 @@ from typing import ClassVar
 import msgspec
 
 from flowkv.errors import RequestError
-from flowkv.server.protocol import GenerationBody, NumLogprobs, decode_checked
+from flowkv.server.protocol import GenerationBody, NumLogprobs, Positive, decode_checked
 
 
 class CompletionBody(GenerationBody, frozen=True, kw_only=True):
@@ -15,7 +15,7 @@ class CompletionBody(GenerationBody, frozen=True, kw_only=True):
     prompt: str | list[str | int | list[int]]
     logprobs: NumLogprobs | None = None
     echo: bool | None = None
-    best_of: int | None = None
+    best_of: Positive | None = None
     suffix: str | None = None
     prompt_logprobs: int | None = None
 

@@ -23,6 +23,8 @@ REASONS = {
     503: "Not now; try again after `Retry-After`",
 }
 _PARAMETER = re.compile(r"{(\w+)(:\w+)?}")
+_NAME = {"type": "string", "pattern": "^[A-Za-z0-9_-][A-Za-z0-9._-]*$"}
+_NUMBER = {"type": "integer", "minimum": 0, "maximum": 10**9 - 1}
 _REQUEST_ID = {"schema": {"type": "string"}, "description": "The client's own, or one that was made"}
 _RETRY_AFTER = {"schema": {"type": "integer", "minimum": 1}, "description": "Seconds"}
 
@@ -91,11 +93,10 @@ def _operation(endpoint: Endpoint, schema_of: dict[Any, Any]) -> dict[str, Any]:
 
 def _parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
     in_path = [
-        {"name": match[1], "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        {"name": match[1], "in": "path", "required": True, "schema": _NAME}
         for match in _PARAMETER.finditer(endpoint.path)
     ]
-    schema = {"type": "integer", "minimum": 0, "maximum": 10**9 - 1}
-    return in_path + [{"name": name, "in": "query", "schema": schema} for name in endpoint.query]
+    return in_path + [{"name": name, "in": "query", "schema": _NUMBER} for name in endpoint.query]
 
 
 def _answer(endpoint: Endpoint, schema_of: dict[Any, Any]) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def _answer(endpoint: Endpoint, schema_of: dict[Any, Any]) -> dict[str, Any]:
     schema = {} if endpoint.answer is None else schema_of[endpoint.answer]
     content = {media_type: {"schema": schema if media_type == "application/json" else {"type": "string"}}}
     if endpoint.is_streamed:
-        content["text/event-stream"] = {"schema": {"type": "string", "description": "Where `stream` is true"}}
+        content["text/event-stream"] = {"schema": {"description": "Where `stream` is true"}}
     return {"description": endpoint.summary, "headers": {"X-Request-Id": _REQUEST_ID}, "content": content}
 
 

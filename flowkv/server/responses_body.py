@@ -98,7 +98,7 @@ class ResponsesBody(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, str] | None = None
     stream: bool | None = None
     store: bool | None = None
-    truncation: Literal["auto", "disabled"] | None = None
+    truncation: Literal["disabled"] | None = None
     previous_response_id: Any = None
     conversation: Any = None
     background: Any = None
@@ -109,8 +109,6 @@ class ResponsesBody(msgspec.Struct, frozen=True, kw_only=True):
         for name in self.unsupported:
             if getattr(self, name):
                 raise RequestError(f"{name} is not supported: no answer is stored", param=name)
-        if self.truncation == "auto":
-            raise RequestError("truncation of 'auto' is not supported: shorten the input", param="truncation")
 
     def chat(self) -> ResponsesChat:
         """Raises `RequestError` (400) naming the field of this body."""

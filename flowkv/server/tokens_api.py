@@ -39,7 +39,7 @@ class Tokenized(msgspec.Struct):
 
 
 class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
-    tokens: list[int]
+    tokens: list[Annotated[int, Meta(ge=0)]]
     model: str | None = None
 
 
