@@ -173,7 +173,7 @@ class World:
         for name in names:
             for peer in names:
                 if peer != name:
-                    self.at(0.0, name, PeerUp(PeerInfo(peer, peer, descriptor(peer))))
+                    self.at(0.0, name, PeerUp(PeerInfo(peer, peer, descriptor(peer, num_blocks=num_blocks))))
 
     def at(self, time_s: float, name: str, what: object) -> None:
         """Of what happens at once, what comes from outside is first, and the order does not depend on who made it."""
