@@ -18,6 +18,7 @@ from tests.heavy.leftovers import leaving_nothing
 from tests.heavy.mutate import mutated_body
 
 TIMEOUT_S = 60.0
+PAGE_BYTES = 4096
 CONCURRENCY = 8
 WARMUP_FRACTION = 0.3  # of a run, after which memory is compared
 # What an allocator keeps back and what a body in flight takes, beyond the share that the process may grow by.
@@ -78,11 +79,13 @@ def fault(answer: httpx.Response) -> str | None:
 
 
 def resident_bytes(server: Server) -> dict[str, int]:
-    """Of each process, by name."""
+    """Of each process, by name and id."""
     names = Chaos(server, 0).names()
-    return {
-        name: int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 for pid, name in names.items()
-    }  # fmt: skip
+    return {f"{name} {pid}": _resident_pages(pid) * PAGE_BYTES for pid, name in names.items()}
+
+
+def _resident_pages(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
 
 
 @pytest.mark.parametrize(("count", "seed"), [(600, 1), pytest.param(50_000, 2, marks=pytest.mark.slow)])
