@@ -9,9 +9,10 @@ from starlette.requests import Request
 from flowkv import types
 from flowkv.config import ServerConfig
 from flowkv.errors import RequestError
-from flowkv.server.frontend import Frontend, TextOptions
+from flowkv.server.frontend import Frontend
 from flowkv.server.generation import GenerationResponse
 from flowkv.server.grammar_check import GrammarCheck
+from flowkv.server.live_request import TextOptions
 from flowkv.server.parameters import Binding, build_request
 from flowkv.server.protocol import GenerationBody
 from flowkv.server.request_id import request_id_of

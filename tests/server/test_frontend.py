@@ -12,7 +12,8 @@ from flowkv.errors import RequestError
 from flowkv.messages import Abort, FrontendHello, Lost, Rejected
 from flowkv.server.byte_tokenizer import ByteTokenizer
 from flowkv.server.choice import Delta
-from flowkv.server.frontend import Frontend, TextOptions
+from flowkv.server.frontend import Frontend
+from flowkv.server.live_request import TextOptions
 from flowkv.server.recovery import MAX_FRUITLESS
 from flowkv.server.stream import RequestStream
 from flowkv.types import FinishReason, Output, Request, SamplingParams, TokenLogprobs
