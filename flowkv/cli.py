@@ -245,7 +245,7 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "serve",
         help="start an OpenAI-compatible server over prefill and decode instances",
         description="Start an OpenAI-compatible server over prefill and decode instances on this node, "
-        "and on others that join. Ctrl-C or SIGTERM stops it and leaves nothing behind.",
+        "and on others that join. Ctrl-C or SIGTERM drains it, a second one stops it at once; nothing stays behind.",
         epilog="Options win over the configuration file, and --set over both.",
     )
     serve.set_defaults(command=_serve)
