@@ -46,7 +46,7 @@ def aiperf(folder: Path, url: str, console: Console) -> dict[str, Any]:
         "--goodput", "time_to_first_token:60000 inter_token_latency:60000",
         "--artifact-dir", str(artifacts), "--ui", "none",
     ]  # fmt: skip
-    environment = [f"HF_HOME={folder / 'cache'}", "HF_HUB_OFFLINE=0"]  # offline it takes no folder for a tokenizer
+    environment = [f"HF_HOME={folder / 'cache'}", "HF_HUB_OFFLINE="]  # offline it takes no folder for a tokenizer
     run_logged(["env", *environment, *command], folder / "aiperf.log", console.print)
     found = json.loads((artifacts / "profile_export_aiperf.json").read_text())
     names = ("request_count", "good_request_count", "request_error_rate")

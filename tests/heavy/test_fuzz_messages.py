@@ -1,5 +1,6 @@
 """Messages that nobody would send: the decoder refuses what is no message, and nobody dies of what is one."""
 
+import contextlib
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from flowkv.server.live_request import TextOptions
 from flowkv.types import ModelInfo, Output, Request, Role, SamplingParams, TokenLogprobs
 from flowkv.wire import AsyncMailbox, Outbox, SyncContext, decode, encode
 from tests.cluster.rig import Rig
-from tests.cluster_in_process import Cluster
+from tests.cluster_in_process import CONTROLLER, Cluster
 from tests.e2e.server import eventually, serving
 from tests.e2e.test_toy_cluster import complete, toy_tokens
 from tests.heavy.chaos import Chaos
@@ -112,10 +113,15 @@ class Whispers(Cluster):
         assert self.random is not None
         if self.random.random() < self.probability and (copy := twisted(message, self.random, {})) is not None:
             self.last, self.num_twisted = copy, self.num_twisted + 1
-            try:
-                super()._receive(receiver, copy)
-            except ProtocolError:
-                return
+            with contextlib.suppress(ProtocolError):
+                self._whisper(receiver, copy)
+
+    def _whisper(self, receiver: str, message: m.Message) -> None:
+        if receiver == CONTROLLER:
+            self.controller.handle(message, self.now_s)
+            self._carry_out_controller()
+        else:
+            super()._receive(receiver, message)
 
     def _hear(self, message: m.Message) -> None:
         """What comes out of it is of no interest."""
