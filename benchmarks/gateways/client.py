@@ -151,7 +151,7 @@ def _cpu_s() -> float:
 def main() -> None:
     load = msgspec.json.decode(sys.stdin.buffer.read(), type=Load)
     answers = uvloop.run(Client(load).run())
-    with open(sys.stdout.fileno(), "wb", closefd=False) as whole:  # noqa: PTH123  # with -u stdout may take a part only
+    with open(sys.stdout.fileno(), "wb", closefd=False) as whole:  # with -u stdout may take a part only
         whole.write(msgspec.json.encode(answers))
 
 
