@@ -151,7 +151,7 @@ def measure(name: str, url: str, pids: Mapping[str, int], case: Case, args: argp
 
 def run(args: argparse.Namespace) -> list[Figures]:
     """Each gateway in turn, again in every round."""
-    gateways = Gateways(args.only, args.output.parent / "frontend")
+    gateways = Gateways(args.only, ROOT / "results" / "frontend")
     found: list[Figures] = []
     for number in range(args.rounds):
         for name in gateways.names:
