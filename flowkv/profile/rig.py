@@ -14,7 +14,17 @@ import zmq
 from flowkv.config import ClusterConfig
 from flowkv.errors import FlowKVError
 from flowkv.launch.node import Node
-from flowkv.messages import Abort, Dispatch, InstanceExited, LoadReport, Outputs, Register, Registered, StepSample
+from flowkv.messages import (
+    Abort,
+    Dispatch,
+    InstanceExited,
+    LoadReport,
+    Outputs,
+    Register,
+    Registered,
+    StepSample,
+    Usage,
+)
 from flowkv.profile.cells import Cell
 from flowkv.profile.fit import Measured
 from flowkv.sim.costs import StepShape
@@ -166,6 +176,8 @@ class Rig:
                     self.subjects[message.instance].on_report(message)
                 case InstanceExited():
                     raise FlowKVError(f"{message.instance} {message.reason} while it was measured")
+                case Usage():
+                    pass
                 case _:
                     raise AssertionError(f"an instance sent a {type(message).__name__}")
 

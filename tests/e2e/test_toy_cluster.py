@@ -182,13 +182,13 @@ def test_killing_the_launcher_leaves_no_process_and_no_memory_behind() -> None:
 
 
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
-def test_a_killed_instance_is_started_again_and_its_requests_end(victim: str) -> None:
+def test_a_killed_instance_is_started_again_and_its_requests_go_on(victim: str) -> None:
     with serving(*CHECKED, "--set", "toy_step_s=0.02", "--set", "engine.max_batch_tokens=16") as server:
         outcome: list[str] = []
         begun = threading.Event()
 
         def read() -> None:
-            body = {"prompt": "x" * (3000 if victim == "prefill-0" else 5), "max_tokens": 3000, "stream": True}
+            body = {"prompt": "x" * (3000 if victim == "prefill-0" else 5), "max_tokens": 100, "stream": True}
             begun.set()
             with server.client.stream("POST", "/v1/completions", json=body) as response:
                 outcome.append(response.read().decode())
@@ -202,7 +202,7 @@ def test_a_killed_instance_is_started_again_and_its_requests_end(victim: str) ->
         os.kill(server.pid_of(victim), signal.SIGKILL)
         reader.join(30.0)
         assert not reader.is_alive()
-        assert "error" in outcome[0] and "died" in outcome[0]
+        assert "error" not in outcome[0] and outcome[0].count('"finish_reason":"length"') == 1
         server.wait_for_line(re.compile(f"{victim}~1: ready"), after=num_lines)
         eventually(lambda: f"{victim}~1" in server_roles(server), "the cluster knows the new instance")
         body = {"prompt": [7] * 50, "max_tokens": 20, "temperature": 0.0}
