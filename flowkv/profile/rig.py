@@ -2,7 +2,6 @@
 
 import random
 import secrets
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,6 @@ from flowkv.types import Request, Role, SamplingParams
 from flowkv.wire import Mailbox
 
 _NAME = "profiler"
-_SETTLE_S = 1.5
 
 
 class Subject:
@@ -49,6 +47,7 @@ class Subject:
         self.register = register
         self.samples: list[Measured] = []
         self.is_counted = False  # whether samples are kept
+        self.is_settled = True  # every step that it made for us is reported
 
     def work(self, cells: Sequence[Cell], on_done: Callable[[], None]) -> Iterator[None]:
         """Do the cells; yields whenever there is something to wait for."""
@@ -83,6 +82,9 @@ class Subject:
                 del self._num_outputs[output.request_id]
 
     def on_report(self, report: LoadReport) -> None:
+        load = report.load
+        is_idle = not (load.num_waiting or load.num_prefilling or load.num_decoding)
+        self.is_settled = is_idle and report.sequence == self._num_dispatched
         for step in report.steps:
             num_drawn = step.decode_choices + self._num_completed(step.prefill_tokens)
             if self.is_counted:
@@ -90,6 +92,7 @@ class Subject:
 
     def _dispatch(self, num_prompt_tokens: int, max_tokens: int) -> str:
         self._num_dispatched += 1
+        self.is_settled = False
         request_id = f"{self.register.peer.instance}-{self._num_dispatched}"
         prompt_ids = self._random.choices(range(self._max_id), k=num_prompt_tokens)
         request = Request(
@@ -159,10 +162,9 @@ class Rig:
         self._node.outbox.send(address, message)
 
     def _settle(self) -> None:
-        """Until the last steps are reported, at the slow beat of an idle instance."""
-        until_s = time.monotonic() + _SETTLE_S
-        while (left_s := until_s - time.monotonic()) > 0:
-            self._wait(left_s)
+        """Until the last steps are reported: at the end of the last request, with the samples of all before."""
+        while not all(subject.is_settled for subject in self.subjects.values()):
+            self._wait()
 
     def _wait(self, timeout_s: float | None = None) -> None:
         self._node.wait(timeout_s)
