@@ -48,11 +48,16 @@ def test_toys_are_killed_every_two_seconds_and_the_controller_once(roles: str, s
         assert load.problems == []
 
 
-@pytest.mark.parametrize(("num_pauses", "seed"), [(3, 3), pytest.param(20, 4, marks=FULL)])
-def test_toys_are_stopped_and_woken(num_pauses: int, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("num_pauses", "lengths_s", "seed"),
+    [(3, (0.1, 0.5, 2.0), 3), pytest.param(20, (0.1, 0.5, 2.0, 4.0, 12.0), 4, marks=FULL)],
+)
+def test_toys_are_stopped_and_woken(num_pauses: int, lengths_s: tuple[float, ...], seed: int) -> None:
+    """For longer than a stall too, and so long that they are taken to hang and are killed."""
+
     async def havoc(chaos: Chaos) -> None:
         for _ in range(num_pauses):
-            await chaos.pause_one(chaos.random.choice([0.1, 0.5, 2.0, 4.0]))
+            await chaos.pause_one(chaos.random.choice(lengths_s))
             await asyncio.sleep(chaos.random.uniform(0.0, 1.0))
 
     lease = ("--set", "transfer.lease_s=0.5")
