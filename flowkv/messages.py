@@ -28,6 +28,7 @@ from flowkv.types import (
     Role,
     RollingRestart,
     Seconds,
+    Size,
 )
 
 RESTART_MARK = "~"  # in the name of an instance that takes the place of one that ended: decode-0, then decode-0~1
@@ -94,11 +95,11 @@ class Register(Message):
     peer: PeerInfo
     role: Role
     model: ModelInfo
-    block_size: int
-    max_choices: int  # decoded at once
+    block_size: Size
+    max_choices: Size  # decoded at once
     version: str  # of FlowKV
     epoch: str  # of the cluster: from the controller that this instance was started for
-    max_batch_tokens: int = 512  # prompt tokens computed in one step, at most
+    max_batch_tokens: Size = 512  # prompt tokens computed in one step, at most
     # When it has served before, and introduces itself to a controller that was started again:
     sequence: int = 0  # of the last Dispatch that it took
     running: list[str] = []  # requests that it answers for
@@ -147,6 +148,7 @@ class InstanceExited(Message):
     instance: str
     reason: str
     epoch: str = ""
+    is_final: bool = False  # nobody takes its place
 
 
 class Join(Message):
@@ -383,10 +385,11 @@ class Lost(Message):
     """The instance that answered for an attempt is gone, or stalled, and the request has to go on elsewhere.
 
     The frontend knows what has come of it: answered by a `Submit` that resumes it, or by `Abort` where nobody waits for
-    it any more. Repeated until then.
+    it any more. Repeated until then. `died`: it may be the request itself that the instance died of.
     """
 
     request_id: str
+    died: bool = False
 
 
 class Outputs(Message):

@@ -11,6 +11,7 @@ DEFERRED = 2**31  # added to the priority of a request that will be late anyway,
 
 # Checked where a message is decoded, so that no process computes with what another got wrong.
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Size = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # no NaN and no infinity either
 NumChoices = Annotated[int, msgspec.Meta(ge=1, le=2**16)]
@@ -185,8 +186,8 @@ class PoolDescriptor(msgspec.Struct, frozen=True, kw_only=True):
 
     node: str  # equal for two pools that can be mapped by the same processes (`transfer.select.node_identity`)
     layout_fingerprint: str
-    num_blocks: int
-    block_bytes: int
+    num_blocks: Size
+    block_bytes: Size
     endpoints: dict[str, bytes]
 
 

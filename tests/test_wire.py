@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
+import msgspec
 import pytest
 import zmq
 from hypothesis import given
@@ -326,3 +327,10 @@ def test_async_mailbox(context: SyncContext, tmp_path: Path) -> None:
 
     assert asyncio.run(scenario()) == [m.Abort(f"r{number}") for number in range(100)]
     context.term()
+
+
+def test_an_instance_without_room_for_anything_is_no_instance() -> None:
+    register = next(message for message in EXAMPLES if isinstance(message, m.Register))
+    for field in ("block_size", "max_choices", "max_batch_tokens"):
+        with pytest.raises(ProtocolError):
+            decode(encode(msgspec.structs.replace(register, **{field: 0})))

@@ -184,7 +184,7 @@ class Controller:
         for view in self._views.values():
             self._send(view.peer.address, PeerUp(message.peer))
             self._send(message.peer.address, PeerUp(view.peer))
-        self._fleet.add(message)
+        self._fleet.add(message).is_draining = message.is_draining
         self._requests.registered(message)
         if self._is_successor:  # the one before it may have told nobody
             for dead in self._dead:
@@ -222,12 +222,15 @@ class Controller:
         """What it held goes on elsewhere; everyone forgets it."""
         name = message.instance
         self._dead.add(name)
+        if message.is_final:
+            self._rolling.forget(name)
         gone = self._fleet.remove(name)
-        self._requests.instance_gone(name)
+        self._requests.instance_gone(name, was_stopped=gone is not None and gone.is_stopping)
         if gone is None and not self._requests.is_rebuilding:
             self._num_wanted -= RESTART_MARK not in name  # one that was added could not start
             return
         for view in self._views.values():
+            view.links.pop(name, None)
             self._send(view.peer.address, PeerDown(name))
         if gone is not None:
             self.gone_addresses.append(gone.peer.address)
@@ -241,7 +244,7 @@ class Controller:
         The `Abort`s wait for it behind what was sent before, so that it runs nothing of this when it wakes.
         """
         self._fleet.refresh(view)
-        self._requests.lose_all(view.name)
+        self._requests.lose_all(view.name, died=True)
         self._newcomers.forget(view.name)
         self._broadcast_status()
 
@@ -281,6 +284,7 @@ class Controller:
 
     def retire(self, name: str) -> None:
         """It finishes what it has, and is ended for good."""
+        self._rolling.forget(name)
         if (view := self._views.get(name)) is not None and not view.is_draining:
             self._drain(view)
 

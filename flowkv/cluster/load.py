@@ -19,7 +19,7 @@ _WRITE_S = 1e-7  # a token's KV to a peer, while no transfer was seen
 _LEARN_ERROR = 0.02  # weight of one request
 _MAX_ERROR = 3.0
 _MISSED_S = 5.0  # reports that come so long after a dispatch, and do not know of it: a connection broke
-_MISSED_REPORTS = 2  # the one at the end of a step was written before what came during the step was read
+_STEP_END_S = 1.0  # those at the end of a step are written before all that came during the step is read
 _SHORT_S = 0.05  # TTFTs that are mostly messages and waiting for a step say nothing
 
 
@@ -107,7 +107,7 @@ class InstanceView:
         self._max_step_tokens = 0  # most prompt tokens of one step so far
         self._next_sequence = message.sequence + 1
         self._unseen: deque[_Sent] = deque()  # not echoed yet
-        self._num_late_reports = 0  # that should have known of the first of these
+        self._missing_since_s: float | None = None  # when a report came that should have known of the first of these
         self.missed: list[str] = []  # requests that were sent here and did not come
         self._unseen_work = Work(0, 0)
         self._unseen_deferred = Work(0, 0)
@@ -198,15 +198,16 @@ class InstanceView:
 
     def _forget_first_sent(self) -> str:
         sent = self._unseen.popleft()
-        self._num_late_reports = 0
+        self._missing_since_s = None
         self._count_unseen(Work(-sent.work.num_tokens, -sent.work.num_pairs), sent.is_deferred)
         return sent.request_id
 
     def _look_for_missed(self, now_s: float) -> None:
         if not self._unseen or now_s - self._unseen[0].sent_s < _MISSED_S:
             return
-        self._num_late_reports += 1
-        if self._num_late_reports >= _MISSED_REPORTS:
+        if self._missing_since_s is None:
+            self._missing_since_s = now_s
+        elif now_s - self._missing_since_s >= _STEP_END_S:
             self.missed.append(self._forget_first_sent())
 
     def _count_unseen(self, work: "Work", is_deferred: bool) -> None:

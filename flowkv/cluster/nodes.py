@@ -30,6 +30,7 @@ class _Node:
     address: str
     heard_s: float
     is_silent: bool = False
+    is_leaving: bool = False  # it has said so, and finishes what it has
     instances: set[str] = field(default_factory=set)  # that have registered and are not known to be dead
 
 
@@ -85,9 +86,16 @@ class Nodes:
         """Of the node that runs it; None if that is the controller's own, or has gone."""
         return next((node.address for node in self._nodes.values() if instance in node.instances), None)
 
-    def instances(self, launcher: str) -> list[str]:
-        """Of its node, that are not known to be dead."""
-        return sorted(self._nodes[launcher].instances) if launcher in self._nodes else []
+    def leave_soon(self, launcher: str) -> list[str]:
+        """Its node will go: the instances there that are not known to be dead."""
+        if (node := self._nodes.get(launcher)) is None:
+            return []
+        node.is_leaving = True
+        return sorted(node.instances)
+
+    def is_leaving(self, instance: str) -> bool:
+        """Whether its node will go."""
+        return any(node.is_leaving and instance in node.instances for node in self._nodes.values())
 
     def is_cut_off(self, instance: str, now_s: float) -> bool:
         """Whether nothing was heard lately of the launcher that runs it either."""
@@ -157,7 +165,7 @@ class Nodes:
     def _remove(self, launcher: str, reason: str) -> None:
         node = self._nodes.pop(launcher)
         self._gone.add(node.name)
-        self._exits.extend(InstanceExited(instance, reason) for instance in sorted(node.instances))
+        self._exits.extend(InstanceExited(instance, reason, is_final=True) for instance in sorted(node.instances))
         self._notes.append(f"{node.name} ({node.address}) is gone")
         self.gone_addresses.append(node.address)
 

@@ -55,7 +55,7 @@ class Requests:
         self._assignments: dict[str, Assignment] = {}
         # Answers to those that ended lately, by id, oldest first: a repeated `Submit` runs nothing twice.
         self._settled = Settled()
-        self._lost: dict[str, str] = {}  # attempts that their frontend has not taken back yet, with that frontend
+        self._lost: dict[str, tuple[str, Lost]] = {}  # that their frontend has not taken back yet, with that frontend
         self.num_lost = 0
         self.has_served = rebuild is not None  # as many instances as there should be were there once
 
@@ -91,7 +91,7 @@ class Requests:
         if self._rebuild is not None and message.is_claim and self._restore(self._rebuild, message):
             return
         if message.is_claim:
-            self._tell_lost(request.request_id, message.frontend)
+            self._tell_lost(Lost(request.request_id), message.frontend)
             return
         if message.resumes is not None:
             self._take_back(message.resumes)
@@ -197,7 +197,7 @@ class Requests:
         for request_id in [r for r, a in self._assignments.items() if a.frontend == frontend]:
             self.abort(Abort(request_id))
             self._settle(request_id)
-        self._lost = {request_id: name for request_id, name in self._lost.items() if name != frontend}
+        self._lost = {request_id: lost for request_id, lost in self._lost.items() if lost[0] != frontend}
         if self._rebuild is not None:
             self._rebuild.frontend_gone(frontend)
 
@@ -221,24 +221,25 @@ class Requests:
 
     def tell_lost_again(self) -> None:
         """What is lost, to those who have not answered."""
-        for request_id, frontend in self._lost.items():
-            self._send(self._frontends[frontend], Lost(request_id))
+        for frontend, lost in self._lost.values():
+            self._send(self._frontends[frontend], lost)
 
-    def lose_all(self, instance: str) -> None:
+    def lose_all(self, instance: str, *, died: bool) -> None:
+        """`died`: of itself, or it hangs."""
         for request_id in [r for r, a in self._assignments.items() if a.owner == instance]:
-            self._lose(request_id)
+            self._lose(request_id, died=died)
 
-    def _lose(self, request_id: str) -> None:
+    def _lose(self, request_id: str, *, died: bool = False) -> None:
         """Whoever answers for this attempt cannot go on. Its frontend knows what came of it, and submits the rest."""
         frontend = self._assignments[request_id].frontend
         self.abort(Abort(request_id))
         self._settle(request_id)
-        self._tell_lost(request_id, frontend)
+        self._tell_lost(Lost(request_id, died), frontend)
 
-    def _tell_lost(self, request_id: str, frontend: str) -> None:
+    def _tell_lost(self, lost: Lost, frontend: str) -> None:
         self.num_lost += 1
-        self._lost[request_id] = frontend
-        self._send(self._frontends[frontend], Lost(request_id))
+        self._lost[lost.request_id] = frontend, lost
+        self._send(self._frontends[frontend], lost)
 
     def _go_on_rebuilding(self, rebuild: Rebuild, elapsed_s: float, now_s: float) -> None:
         for message in rebuild.pass_time(elapsed_s):
@@ -270,11 +271,11 @@ class Requests:
         if self._rebuild is not None:
             self._rebuild.registered(message)
 
-    def instance_gone(self, name: str) -> None:
-        """What it held goes on elsewhere."""
+    def instance_gone(self, name: str, *, was_stopped: bool) -> None:
+        """What it held goes on elsewhere. `was_stopped`: by its launcher, as the controller wanted."""
         if self._rebuild is not None:
             self._rebuild.gone(name)
-        self.lose_all(name)
+        self.lose_all(name, died=not was_stopped)
 
     def _place_again(self, request_id: str, now_s: float) -> None:
         """An instance has given it back before it began."""
@@ -298,10 +299,12 @@ class Requests:
         if (assignment := self._assignments.get(request_id)) is None:
             return
         assignment.owner = owner
+        if owner not in assignment.instances:
+            assignment.instances.append(owner)
         self._fleet.move_home(request_id, assignment.home, owner)
         assignment.home = owner
         if owner in self._dead or self._is_stalled(owner):
-            self._lose(request_id)
+            self._lose(request_id, died=True)
 
     def settle_unanswered(self, view: InstanceView) -> None:
         """What it may have handed over to a peer that is silent goes on elsewhere, if there is no hope; it is aborted

@@ -41,8 +41,8 @@ class Rolling:
         return self._current is not None or bool(self._waiting)
 
     def holds(self, name: str) -> bool:
-        """Whether it is its turn: it is drained to be followed by another, not to be retired."""
-        return name == self._current
+        """Whether it is its turn, or will be: it is drained to be followed by another, not to be retired."""
+        return name == self._current or name in self._waiting
 
     def ask(self, names: Iterable[str], token: str = "") -> None:
         """These too. `token` names what was asked last."""
@@ -50,6 +50,12 @@ class Rolling:
             self._num_done, self._failure = 0, None
         self._token = token or self._token
         self._waiting += [name for name in dict.fromkeys(names) if name not in self._waiting and name != self._current]
+
+    def forget(self, name: str) -> None:
+        """Nobody will take its place."""
+        self._waiting = [waiting for waiting in self._waiting if waiting != name]
+        if self._current == name:
+            self._current = None
 
     def look(self, views: Mapping[str, InstanceView], now_s: float) -> None:
         """Called often."""

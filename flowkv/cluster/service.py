@@ -129,7 +129,7 @@ class _Service:
                 for exited in self._nodes.take_exits():
                     self._on_exited(exited)
             case LeaveSoon():
-                for name in self._nodes.instances(message.launcher):
+                for name in self._nodes.leave_soon(message.launcher):
                     self._controller.retire(name)
             case Register() if self._nodes.is_awaited(message):
                 pass  # it will say it again
@@ -139,6 +139,8 @@ class _Service:
                 self._outbox.send_last(message.peer.address, RegistrationRefused(reason))
             case Register():
                 self._tell_controller(message)
+                if self._nodes.is_leaving(message.peer.instance):
+                    self._controller.retire(message.peer.instance)
                 self._admit_early()
             case TurnedAway():
                 self._on_turned_away(message)

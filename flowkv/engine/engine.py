@@ -4,7 +4,7 @@ A step is two calls: `next_batch` gives what to compute, `on_result` takes what 
 handled; blocks that the batch in flight writes are not given to anyone else before its result is in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence as SequenceOf
 from itertools import count
 
 import msgspec
@@ -22,6 +22,7 @@ from flowkv.engine.report import Reporter, State
 from flowkv.engine.requests import Requests
 from flowkv.engine.results import Results
 from flowkv.engine.scheduler import HybridScheduler, Step
+from flowkv.engine.sequence import Sequence
 from flowkv.errors import ProtocolError
 from flowkv.kv.blocks import BlockManager
 from flowkv.messages import (
@@ -46,7 +47,7 @@ from flowkv.messages import (
 )
 from flowkv.transfer.backends import may_outlive_writer
 from flowkv.transfer.base import Arrived, Linked, Written
-from flowkv.types import InstanceCounters, InstanceLoad, Role
+from flowkv.types import InstanceCounters, InstanceLoad, OutputIds, Role
 
 _LEASE_MARGIN = 0.999  # of a stretch of steps within a lease: sums of seconds are rounded
 _STEPS_MARGIN = 1.1  # steps planned for as many as there will be
@@ -88,7 +89,7 @@ class Engine:
         self._clock = LeaseClock(lease_s)
         self._requests = Requests(self.blocks, self.scheduler, self._reporter, self._clock)
         send, emit = self._send_peer, self._effects.append
-        self._sender = HandoffSender(name, config.block_size, self._clock, send, emit, self._requests.decode)
+        self._sender = HandoffSender(name, config.block_size, self._clock, send, emit, self._decode_here)
         self._receiver = HandoffReceiver(name, self.blocks, self._clock, send, emit, self._adopt)
         self._results = Results(self._requests, self._sender)
         self._orders = Orders(
@@ -220,7 +221,7 @@ class Engine:
         lengths = [self.blocks.num_blocks_for(sequence.num_computed) for sequence in running]
         self.blocks.shrink([sequence.block_table for sequence in running], lengths)
 
-    def _catch_up(self, step_seconds: Sequence[float]) -> None:
+    def _catch_up(self, step_seconds: SequenceOf[float]) -> None:
         """The time of the batch has passed, and nobody has ticked between its steps: each ages the reservations."""
         if len(step_seconds) > 1:
             has_incoming = self._receiver.has_incoming
@@ -359,6 +360,11 @@ class Engine:
             self._requests.hold(sequence)
             self._reporter.handed_over(message.request_id, message.instance)
             self._requests.sweep(self._in_flight)
+
+    def _decode_here(self, sequence: Sequence, choices: OutputIds) -> None:
+        """No peer takes it: the controller, who thinks that one does, is to know where it is."""
+        self._reporter.handed_over(sequence.request.request_id, self.name)
+        self._requests.decode(sequence, choices)
 
     def _adopt(self, incoming: Incoming) -> None:
         """The controller hears it from both sides: either may die, or be stopped, before it could say so."""

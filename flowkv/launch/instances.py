@@ -175,7 +175,7 @@ class Instances:
         if is_failed_start and not seat.is_added:
             raise FlowKVError(f"{name} {how} before it was ready")
         reason = "retired" if seat.is_retired else seat.failure or how
-        exited = InstanceExited(name, reason, seat.spec.epoch)
+        exited = InstanceExited(name, reason, seat.spec.epoch, is_final=seat.is_retired or self._is_closing)
         self._exits.append(exited)
         self._outbox.send(seat.spec.controller_address, exited)
         if seat.is_retired:

@@ -240,11 +240,11 @@ class Frontend:
         else:
             self._submit(live)
 
-    def _resume(self, live: LiveRequest) -> None:
+    def _resume(self, live: LiveRequest, *, died: bool = False) -> None:
         """Go on elsewhere, after what has come so far: of this attempt nothing more is heard."""
         old_id = live.request.request_id
         try:
-            live.resume(self.now_s())
+            live.resume(self.now_s(), died=died)
         except RequestError as error:
             self._give_up(live, error)
             return
@@ -288,18 +288,18 @@ class Frontend:
                     live.timeline.accepted(self.now_s())
             case Rejected():
                 self._on_rejected(message)
-            case Lost(request_id=request_id):
-                self._on_lost(request_id)
+            case Lost():
+                self._on_lost(message)
             case ClusterStatus():
                 self._on_status(message)
             case _:
                 raise ProtocolError(f"a frontend does not take {type(message).__name__}")
 
-    def _on_lost(self, request_id: str) -> None:
-        if (live := self._live.get(request_id)) is not None:
-            self._resume(live)
+    def _on_lost(self, message: Lost) -> None:
+        if (live := self._live.get(message.request_id)) is not None:
+            self._resume(live, died=message.died)
         else:
-            self._send(Abort(request_id))
+            self._send(Abort(message.request_id))
 
     def _on_status(self, status: ClusterStatus) -> None:
         is_new = self.status is not None and status.controller != self.status.controller

@@ -43,9 +43,9 @@ class LiveRequest:
     def is_finished(self) -> bool:
         return all(choice.finish_reason is not None for choice in self.choices)
 
-    def resume(self, now_s: float) -> None:
+    def resume(self, now_s: float, *, died: bool = False) -> None:
         """Begin the next attempt. RequestError if there were enough that brought nothing."""
-        request_id = self.recovery.lose(sum(choice.num_tokens for choice in self.choices), now_s)
+        request_id = self.recovery.lose(sum(choice.num_tokens for choice in self.choices), now_s, died=died)
         self.request = msgspec.structs.replace(self.request, request_id=request_id)
         self.is_answered = self.is_claim = False
         for choice in self.choices:

@@ -113,7 +113,7 @@ def test_the_death_of_the_owner_is_told_to_all_and_the_frontend_has_the_say() ->
     rig.take(rig.finished("prefill-0", handed_over=[("r", "decode-1")]))
     out = rig.take(InstanceExited("decode-1", "was killed"))
     assert ("prefill-0", PeerDown("decode-1")) in out and ("decode-2", PeerDown("decode-1")) in out
-    assert ("f", Lost("r")) in out and ("prefill-0", Abort("r")) in out
+    assert ("f", Lost("r", died=True)) in out and ("prefill-0", Abort("r")) in out
     assert rig.controller.num_assignments == 0 and rig.status().num_lost == 1
 
 
@@ -122,7 +122,7 @@ def test_a_handoff_to_one_that_has_died_meanwhile_is_lost() -> None:
     rig.submit("r")
     rig.take(InstanceExited("decode-1", "was killed"))
     out = rig.take(rig.finished("prefill-0", handed_over=[("r", "decode-1")]))
-    assert ("f", Lost("r")) in out
+    assert ("f", Lost("r", died=True)) in out
 
 
 def test_without_decode_instances_the_prefill_instance_decodes() -> None:
@@ -162,7 +162,7 @@ def test_a_silent_instance_is_stalled_and_what_it_owns_is_lost() -> None:
     rig.take(rig.finished("prefill-0", handed_over=[("decoding", "decode-2")]))
     assert rig.wait(STALL_S - 1, "prefill-1", "decode-2") == []
     out = rig.wait(1, "prefill-1", "decode-2")
-    assert [message for _, message in out if isinstance(message, Lost)] == [Lost("on its way")]
+    assert [message for _, message in out if isinstance(message, Lost)] == [Lost("on its way", died=True)]
     assert {address for address, message in out if message == Abort("on its way")} == {"prefill-0", "decode-2"}
     assert rig.controller.num_assignments == 2
     assert [status.is_stalled for status in rig.status().instances] == [True, False, False]
@@ -250,7 +250,7 @@ def test_a_handoff_to_one_that_has_stalled_meanwhile_is_lost() -> None:
     rig.submit("r")
     rig.wait(STALL_S, "prefill-0")
     out = rig.take(rig.finished("prefill-0", handed_over=[("r", "decode-1")]))
-    assert [m for _, m in out if isinstance(m, Lost)] == [Lost("r")]
+    assert [m for _, m in out if isinstance(m, Lost)] == [Lost("r", died=True)]
 
 
 def test_the_new_owner_may_be_the_first_to_say_so() -> None:
@@ -302,3 +302,10 @@ def test_a_claim_of_what_runs_is_accepted_and_of_what_has_ended_is_lost() -> Non
     assert rig.take(Submit("f", request, is_claim=True)) == [("f", Accepted("r"))]
     rig.take(rig.finished("mixed-0", "r"))
     assert rig.take(Submit("f", request, is_claim=True)) == [("f", Lost("r"))]
+
+
+def test_links_to_the_dead_are_forgotten() -> None:
+    rig = Rig(Role.PREFILL, Role.DECODE)
+    rig.take(InstanceExited("decode-1", "was killed"))
+    [status] = rig.status().instances
+    assert status.links == []

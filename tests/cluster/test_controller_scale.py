@@ -149,7 +149,7 @@ def test_a_draining_instance_may_die_and_what_it_holds_is_lost() -> None:
     rig = Scaled(M, M, min_instances=1)
     held = {rig.dispatch(f"r{i}", num_tokens=20)[0]: f"r{i}" for i in range(2)}
     name = rig.drained()
-    assert of_type(rig.exits(name), Lost) == [Lost(held[name])]
+    assert of_type(rig.exits(name), Lost) == [Lost(held[name], died=True)]
 
 
 def test_with_nobody_left_to_take_it_what_was_given_back_waits() -> None:

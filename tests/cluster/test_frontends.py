@@ -38,6 +38,6 @@ def test_what_it_says_late_is_heard_by_nobody() -> None:
 def test_an_attempt_that_was_lost_is_not_told_to_it_again() -> None:
     rig = Rig(Role.MIXED)
     rig.submit("r")
-    assert of_type(rig.take(InstanceExited("mixed-0", "killed")), Lost) == [Lost("r")]
+    assert of_type(rig.take(InstanceExited("mixed-0", "killed")), Lost) == [Lost("r", died=True)]
     rig.take(FrontendExited("f"))
     assert rig.tick(1.0) == []

@@ -110,7 +110,8 @@ def test_another_launcher_in_its_place_proves_that_a_node_is_dead() -> None:
     assert rig.join("l3", "place") == Welcome("node-3", "epoch", CONFIG, "toy")
     dead = "its launcher is dead"
     assert rig.nodes.take_exits() == [
-        InstanceExited("decode-0@node-1", dead), InstanceExited("decode-1@node-1~1", dead)
+        InstanceExited("decode-0@node-1", dead, is_final=True),
+        InstanceExited("decode-1@node-1~1", dead, is_final=True),
     ]  # fmt: skip
     assert rig.nodes.gone_addresses == ["tcp://l1"]
 
@@ -120,7 +121,7 @@ def test_a_node_that_leaves_takes_its_instances_along_and_its_late_messages_meet
     rig.join("l1")
     rig.register("decode-0@node-1")
     assert rig.take(Leave("l1")) == []
-    assert rig.nodes.take_exits() == [InstanceExited("decode-0@node-1", "its node has left the cluster")]
+    assert rig.nodes.take_exits() == [InstanceExited("decode-0@node-1", "its node has left the cluster", is_final=True)]
     assert rig.register("decode-1@node-1") == "its node node-1 is not part of this cluster"
     assert isinstance(rig.beat("l1"), Dismissed)
     assert rig.take(Leave("l1")) == []

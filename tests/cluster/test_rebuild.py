@@ -91,7 +91,7 @@ def test_a_request_that_runs_is_the_controllers_again() -> None:
     assert rig.submit("r", is_claim=True) == [("f", Accepted("r"))]
     assert rig.controller.num_assignments == 1
     out = rig.take(InstanceExited("a", "was killed"))
-    assert ("f", Lost("r")) in out
+    assert ("f", Lost("r", died=True)) in out
 
 
 def test_a_claim_that_comes_before_its_instance_waits_for_it() -> None:
@@ -140,7 +140,7 @@ def test_the_peer_that_has_taken_it_over_holds_it() -> None:
         assert rig.submit("r", is_claim=True) == [("f", Accepted("r"))]
         rig.take(InstanceExited("a", "was killed"))
         assert rig.controller.num_assignments == 1
-        assert ("f", Lost("r")) in rig.take(InstanceExited("b", "was killed"))
+        assert ("f", Lost("r", died=True)) in rig.take(InstanceExited("b", "was killed"))
 
 
 def test_a_handover_or_an_end_before_the_claim_counts() -> None:
@@ -150,7 +150,7 @@ def test_a_handover_or_an_end_before_the_claim_counts() -> None:
     rig.report("a", handed_over=[("moved", "b")])
     rig.take(LoadReport("a", 7, Role.MIXED, InstanceLoad(), InstanceCounters(), [], [("ended", 3)]))
     rig.submit("moved", is_claim=True)
-    assert ("f", Lost("moved")) in rig.take(InstanceExited("b", "was killed"))
+    assert ("f", Lost("moved", died=True)) in rig.take(InstanceExited("b", "was killed"))
     rig.wait(0.5)
     assert ("f", Lost("ended")) in rig.submit("ended", is_claim=True)
 
@@ -209,3 +209,24 @@ def test_nobody_is_turned_away_while_instances_are_still_to_come_back() -> None:
     assert not rig.is_ready()
     rig.register("a")
     assert rig.is_ready()
+
+
+def test_aborts_reach_the_one_that_has_taken_it_over() -> None:
+    rig = Restarted("a", "b")
+    rig.register("a", running=("r",))
+    rig.register("b")
+    rig.submit("r", is_claim=True)
+    rig.report("a", handed_over=[("r", "b")])
+    assert {address for address, _ in rig.take(Abort("r"))} == {"a", "b"}
+
+
+def test_one_that_was_draining_gets_nothing_before_its_turn_either() -> None:
+    rig = Restarted("a", "b")
+    rig.register("b", is_draining=True)
+    rig.register("a")
+    for name, peer in (("a", "b"), ("b", "a")):
+        rig.report(name, links=[LinkStatus(peer=peer, backend="local")])
+    rig.wait(0.5)
+    for i in range(4):
+        [(address, _)] = [out for out in rig.submit(f"r{i}") if isinstance(out[1], Dispatch)]
+        assert address == "a"

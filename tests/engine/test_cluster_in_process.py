@@ -318,3 +318,20 @@ def test_blocks_that_move_out_of_the_way_of_a_reservation_take_their_kv_along() 
         num_moved += cluster.nodes["decode-1"].engine.counters.num_moved_blocks
         cluster.check_at_rest()
     assert num_moved > 0
+
+
+def test_the_controller_knows_of_what_is_decoded_where_it_was_prefilled_for_want_of_room() -> None:
+    cluster = Cluster([P, D], num_blocks=16)
+    for i in range(4):
+        cluster.submit(f"r{i}", prompt(i, 24), max_tokens=20)
+    while cluster.nodes["prefill-0"].engine.counters.num_local_fallbacks == 0:
+        assert cluster.step()
+    engine = cluster.nodes["prefill-0"].engine
+    while not engine.load.num_decoding:
+        assert cluster.step()
+    for _ in range(30):
+        cluster.step()
+    views = cluster.controller._views
+    assert engine.load.num_decoding + engine.load.num_preempted == len(views["prefill-0"].homes)
+    cluster.run()
+    cluster.check_at_rest()

@@ -172,8 +172,8 @@ def test_only_choices_that_run_on_are_resumed_and_all_begin_anew_where_nothing_i
 
 def test_a_request_that_fails_every_instance_ends_with_an_error(tmp_path: Path) -> None:
     async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
-        cluster.answer = lambda request: [Lost(request.request_id)]
-        with pytest.raises(RequestError, match="instances in a row failed") as raised:
+        cluster.answer = lambda request: [Lost(request.request_id, died=True)]
+        with pytest.raises(RequestError, match="instances failed") as raised:
             await collect(frontend.submit([request()], TextOptions(), 0.0))
         assert (raised.value.status, raised.value.code) == (500, "instance_failed")
         assert len({message.request.request_id for message in cluster.submits}) == MAX_FRUITLESS + 1
