@@ -1,18 +1,24 @@
 """The messages of a conversation, as OpenAI's clients send them and as chat templates take them."""
 
-import json
 from typing import Any, Literal
 
 import msgspec
 
 from flowkv.errors import RequestError
+from flowkv.server.json_text import loads_strict
 
 TEXT_TYPES = ("text", "input_text", "output_text")  # the latter two are those of /v1/responses
+REFUSAL = "refusal"  # a part of an assistant's earlier answer, in place of text
 
 
 class ContentPart(msgspec.Struct, frozen=True):
     type: str
     text: str | None = None
+    refusal: str | None = None
+
+    @property
+    def shown(self) -> str | None:
+        return self.refusal if self.type == REFUSAL else self.text
 
 
 class FunctionCall(msgspec.Struct, frozen=True):
@@ -40,11 +46,20 @@ class ChatMessage(msgspec.Struct, frozen=True):
         """Text parts are joined by newlines; None: there is no content at all."""
         if self.content is None or isinstance(self.content, str):
             return self.content
-        return "\n".join(part.text or "" for part in self.content)
+        return "\n".join(part.shown or "" for part in self.content)
+
+    @property
+    def num_parts(self) -> int:
+        """Of its content, and tool calls."""
+        return (len(self.content) if isinstance(self.content, list) else 0) + len(self.tool_calls or ())
+
+    @property
+    def _is_empty(self) -> bool:
+        return self.content is None and not self.tool_calls
 
     def plain(self) -> dict[str, Any]:
         """As `transformers` hands it to templates: arguments as objects, what was left out left out."""
-        message: dict[str, Any] = {"role": self.role, "content": self.text}
+        message: dict[str, Any] = {"role": self.role, "content": "" if self._is_empty else self.text}
         if self.name is not None:
             message["name"] = self.name
         if self.tool_calls:
@@ -62,14 +77,10 @@ class ChatMessage(msgspec.Struct, frozen=True):
             raise RequestError(f"{where}: function_call is not supported, use tool_calls", param=field)
         if self.tool_calls and self.role != "assistant":
             raise RequestError(f"{where}: only an assistant has tool_calls", param=field)
-        if self.content is None and not self.tool_calls:
+        if self._is_empty and self.role != "assistant":  # whose answer may have been cut before its first word
             raise RequestError(f"{where}.content is missing", param=field)
         if isinstance(self.content, list):
             _check_parts(where, self.content)
-        for number, call in enumerate(self.tool_calls or []):
-            if _arguments(call) is None:
-                reason = f"{where}.tool_calls[{number}].function.arguments is not a JSON object"
-                raise RequestError(reason, param=field)
 
 
 def _plain_call(call: ToolCall) -> dict[str, Any]:
@@ -77,21 +88,23 @@ def _plain_call(call: ToolCall) -> dict[str, Any]:
     return plain if call.id is None else {"id": call.id, **plain}
 
 
-def _arguments(call: ToolCall) -> dict[str, Any] | None:
-    """None where they are no object."""
-    if isinstance(call.function.arguments, dict):
-        return call.function.arguments
+def _arguments(call: ToolCall) -> dict[str, Any] | str:
+    """As they are where they are no object: a model may have written them so, or been cut short."""
+    arguments = call.function.arguments
+    if isinstance(arguments, dict):
+        return arguments
     try:
-        value = json.loads(call.function.arguments or "{}")
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+        value = loads_strict(arguments or "{}")
+    except ValueError:
+        return arguments
+    return value if isinstance(value, dict) else arguments
 
 
 def _check_parts(where: str, parts: list[ContentPart]) -> None:
     field = where.partition("[")[0]
     for number, part in enumerate(parts):
-        if part.type not in TEXT_TYPES:
+        if part.type not in (*TEXT_TYPES, REFUSAL):
             raise RequestError(f"{where}.content[{number}] of type {part.type!r}: only text is supported", param=field)
-        if part.text is None:
-            raise RequestError(f"{where}.content[{number}].text is missing", param=field)
+        if part.shown is None:
+            name = "refusal" if part.type == REFUSAL else "text"
+            raise RequestError(f"{where}.content[{number}].{name} is missing", param=field)

@@ -74,7 +74,7 @@ class ChatTemplate:
         }
         try:
             return self._template.render(variables)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
             reason = f"the model's chat template does not take these messages: {error}"
             raise RequestError(reason, param="messages") from error
 

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from flowkv.errors import RequestError
+from flowkv.server.json_text import NestingError, check_nesting
 from flowkv.server.structured import Constraint, OutputFormat, StructuredOutputs, constraint_of
 from flowkv.types import DEFERRED
 
@@ -21,6 +22,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_IDS = 1024
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
+MAX_REREAD_BYTES = 64 * 1024  # of a body that is not JSON, to say better what is wrong with it
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 Count = Annotated[int, Meta(ge=0, le=INT64_MAX)]
@@ -135,11 +137,12 @@ def decode_checked(decoder: "msgspec.json.Decoder[BodyT]", data: bytes) -> BodyT
 def decode(decoder: "msgspec.json.Decoder[StructT]", data: bytes) -> StructT:
     """Raises `RequestError` (400) naming the field."""
     try:
+        check_nesting(data)
         return decoder.decode(data)
     except msgspec.ValidationError as error:
         raise _field_error(str(error)) from error
-    except RecursionError as error:
-        raise RequestError("the body is nested too deeply", code="invalid_json") from error
+    except NestingError as error:
+        raise RequestError(f"the body: {error}", code="invalid_json") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _syntax_error(data, error) from error
 
@@ -158,7 +161,7 @@ def _field_error(text: str) -> RequestError:
 def _syntax_error(data: bytes, error: Exception) -> RequestError:
     """Python's own encoder writes NaN and Infinity, which JSON does not have: those deserve their field's name."""
     try:
-        value = json.loads(data)
+        value = json.loads(data) if len(data) <= MAX_REREAD_BYTES else None
     except (ValueError, RecursionError):
         value = None
     if isinstance(value, dict):

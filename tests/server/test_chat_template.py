@@ -92,3 +92,9 @@ def test_templates_cannot_leave_the_sandbox() -> None:
     ):
         with pytest.raises(RequestError):
             ChatTemplate(source, {}).render(Conversation(USER))
+
+
+def test_a_template_that_goes_too_deep_into_what_it_gets_does_not_take_it() -> None:
+    template = ChatTemplate("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", {})
+    with pytest.raises(RequestError, match="does not take these messages"):
+        template.render(Conversation([{"role": "user", "content": "x"}]))

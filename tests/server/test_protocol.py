@@ -253,11 +253,47 @@ def test_messages_of_tools_are_as_templates_take_them() -> None:
     ]
 
 
-@pytest.mark.parametrize("arguments", ["{", "[1]", "5", "[" * 100_000])
-def test_arguments_that_are_no_object_are_refused(arguments: str) -> None:
+@pytest.mark.parametrize("arguments", ["{", "[1]", "5", "[" * 100_000, "{" * 900, '{"a": "\\ud83d"}'])
+def test_arguments_that_are_no_object_stay_what_they_are(arguments: str) -> None:
+    """As a model may have written them in the turn before, or been cut short."""
     calls = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}]
-    error = complaint(json.dumps({"messages": [{"role": "assistant", "tool_calls": calls}]}).encode(), chat=True)
-    assert "messages[0].tool_calls[0].function.arguments" in error.message
+    body = decode_chat(json.dumps({"messages": [{"role": "assistant", "tool_calls": calls}]}).encode())
+    assert body.messages[0].plain()["tool_calls"][0]["function"]["arguments"] == arguments
+
+
+@pytest.mark.parametrize(("content", "text"), [(None, ""), ([], ""), ([{"type": "refusal", "refusal": "No."}], "No.")])
+def test_an_assistant_may_have_said_nothing_or_refused(content: Any, text: str) -> None:
+    body = decode_chat(json.dumps({"messages": [{"role": "assistant", "content": content}]}).encode())
+    assert body.messages[0].plain() == {"role": "assistant", "content": text}
+
+
+def test_a_body_that_is_nested_too_deeply_is_refused_before_it_is_decoded() -> None:
+    for depth in (950, 199, 198):  # Python's own limit is near 1000
+        variables = '{"a":' * depth + "1" + "}" * depth
+        data = f'{{"messages": [{{"role": "user", "content": "{"[" * 300}"}}], "chat_template_kwargs": {variables}}}'
+        if depth == 950:
+            error = complaint(data.encode(), chat=True)
+            assert error.code == "invalid_json" and "nested" in error.message
+        else:
+            decode_chat(data.encode())
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "x"}] * 4097,
+        [{"role": "user", "content": [{"type": "text", "text": "x"}] * 4097}],
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}] * 2049}] * 2,
+    ],
+    ids=["messages", "parts", "calls"],
+)
+def test_a_conversation_has_no_more_parts_than_one_can_go_through(messages: Any) -> None:
+    assert complaint(json.dumps({"messages": messages}).encode(), chat=True).param == "messages"
+
+
+def test_a_long_body_that_is_no_json_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("json.loads", lambda data: pytest.fail(f"{len(data)} bytes"))
+    assert complaint(b'{"a": [' + b"1.5," * 20_000).code == "invalid_json"
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """Answers that a grammar binds to be calls: in the model's own format where that can be, else in plain JSON."""
 
-import json
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flowkv.errors import RequestError
+from flowkv.server.json_text import loads_strict
 from flowkv.server.structured import Constraint, schema_grammar
 from flowkv.server.tools.json_formats import call_list
 from flowkv.server.tools.reader import NamedReader, NewReader, ToolReader
@@ -112,8 +112,8 @@ def _schema(answer: Constraint) -> Any:
             return {"type": "object"}
         case GrammarKind.JSON_SCHEMA:
             try:
-                return json.loads(answer.grammar.text)
-            except (ValueError, RecursionError) as error:
+                return loads_strict(answer.grammar.text)
+            except ValueError as error:
                 raise RequestError(f"{answer.param}: {error}", param=answer.param, code="invalid_grammar") from error
         case _:
             raise _either_or(answer)

@@ -4,11 +4,11 @@ A format is a generator over a `Feed`: it yields where it needs more text, and g
 cannot depend on where the text was cut. What it shows as a part of a call is out for good; before that it may go back.
 """
 
-import json
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TypeVar
 
+from flowkv.server.json_text import loads_strict
 from flowkv.server.tools.json_scanner import JsonScanner
 
 T = TypeVar("T")
@@ -153,7 +153,7 @@ class Feed:
         if not (yield from self._has_more()) or self._text[self._at] != '"':
             return None
         try:
-            value = json.loads((yield from self.value()), strict=False)
+            value = loads_strict((yield from self.value()), strict=False)
         except ValueError:
             return None
         return value if isinstance(value, str) else None
@@ -267,8 +267,8 @@ class Feed:
 def as_arguments(raw: str) -> str:
     """Some models write the object as a string within the string, or null for an empty one."""
     try:
-        value = json.loads(raw, strict=False)
-    except (ValueError, RecursionError):
+        value = loads_strict(raw, strict=False)
+    except ValueError:
         return raw
     if isinstance(value, str):
         return value

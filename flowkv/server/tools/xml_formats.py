@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from flowkv.server.json_text import loads_strict
 from flowkv.server.tools.feed import Feed, Steps
 from flowkv.server.tools.tool_format import ToolSchemas
 
@@ -78,6 +79,6 @@ class PlainArguments:
         if not isinstance(schema, dict) or schema.get("type", "string") == "string":
             return text
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
+            return loads_strict(text)
+        except ValueError:
             return text

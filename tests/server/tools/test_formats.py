@@ -33,6 +33,8 @@ CASES: list[tuple[str, str, str, list[Call]]] = [
     ("hermes", '<tool_call>{"name": "f", "arguments": "{\\"x\\": 1}"}</tool_call>', "", [("f", '{"x": 1}')]),
     ("hermes", '<tool_call>{"name": "f", "arguments": null}</tool_call>', "", [("f", "{}")]),
     ("hermes", '<tool_call>{"name": "f", "arguments": ' + "[" * 5000, "", [("f", "[" * 5000)]),
+    ("hermes", r'<tool_call>{"name": "\ud83d"}', r'<tool_call>{"name": "\ud83d"}', []),
+    ("hermes", r'<tool_call>{"name": "f", "arguments": "\ud83d"}', "", [("f", r'"\ud83d"')]),
     ("hermes", "a <tool_call> b", "a <tool_call> b", []),
     ("hermes", 'a <tool_call>{"nam', 'a <tool_call>{"nam', []),
     ("hermes", '<tool_call>{"name": 5}', '<tool_call>{"name": 5}', []),
