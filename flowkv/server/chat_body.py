@@ -11,13 +11,16 @@ from flowkv.server.protocol import GenerationBody, NumLogprobs, Positive, decode
 from flowkv.server.tool_body import ToolChoice, Tools, check_tools
 
 TEMPLATE_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")
+MAX_MESSAGES = 4096
+MAX_PARTS = 4096  # of content and of tool calls, in all messages together
+Messages = Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class ChatBody(GenerationBody, frozen=True, kw_only=True):
     prompt_field: ClassVar[str] = "messages"
     unsupported: ClassVar[tuple[str, ...]] = (*GenerationBody.unsupported, "functions", "audio")
 
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    messages: Messages
     max_tokens: Positive | None = None
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
@@ -45,7 +48,7 @@ class ChatBody(GenerationBody, frozen=True, kw_only=True):
         super().check()
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
-        check_messages(self.messages)
+        check_messages(self.messages, self.prompt_field)
         check_tools(self.tools or [], self.tool_choice)
         check_template_use(self.add_generation_prompt, self.continue_final_message, self.chat_template_kwargs)
 
@@ -58,10 +61,14 @@ def decode_chat(data: bytes) -> ChatBody:
     return decode_checked(_decoder, data)
 
 
-def check_messages(messages: list[ChatMessage]) -> None:
+def check_messages(messages: list[ChatMessage], field: str) -> None:
     """Raises `RequestError` (400)."""
+    num_parts = sum(message.num_parts for message in messages)
+    if num_parts > MAX_PARTS:
+        reason = f"{field} has {num_parts} parts and tool calls, more than {MAX_PARTS}"
+        raise RequestError(reason, param=field, code="too_many_parts")
     for number, message in enumerate(messages):
-        message.check(f"messages[{number}]")
+        message.check(f"{field}[{number}]")
 
 
 def check_template_use(

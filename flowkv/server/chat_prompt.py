@@ -24,12 +24,15 @@ async def chat_prompt(service: TextService, body: ChatBody, num_chars: int) -> C
         body.tools, body.tool_choice, body.constraint, parallel=body.parallel_tool_calls is not False
     )
     binding = await service.binding(plan.constraint)
-    conversation = Conversation(
-        [message.plain() for message in body.messages],
-        plan.shown,
-        body.add_generation_prompt is not False,
-        bool(body.continue_final_message),
-        body.chat_template_kwargs or {},
-    )
-    token_ids = await service.off_loop(num_chars, lambda: service.tokenizer.encode_chat(conversation))
-    return ChatPrompt(token_ids, plan, binding)
+
+    def encode() -> list[int]:
+        conversation = Conversation(
+            [message.plain() for message in body.messages],
+            plan.shown,
+            body.add_generation_prompt is not False,
+            bool(body.continue_final_message),
+            body.chat_template_kwargs or {},
+        )
+        return service.tokenizer.encode_chat(conversation)
+
+    return ChatPrompt(await service.off_loop(num_chars, encode), plan, binding)

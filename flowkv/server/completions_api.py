@@ -34,21 +34,24 @@ class CompletionsApi:
         if len(prompts) * body.num_choices > MAX_CHOICES:
             raise RequestError(f"the prompts times n are more than {MAX_CHOICES} choices", param="prompt")
         service.frontend.limits()  # nothing is tokenized for a cluster that is not there
-        prompt_ids = [await service.encode(part) if isinstance(part, str) else part for part in prompts]
+        prompt_ids = await service.encode_all(prompts)
         head = service.head("cmpl-", request)
         requests = service.requests(head, body, prompt_ids, await service.binding(body.constraint))
         shape = CompletionFormat(
             head,
             StreamUsage.of(body.stream_options),
             service.tokenizer,
-            [self._prompt(body, part, ids) for part, ids in zip(prompts, prompt_ids, strict=True)],
+            await self._shown_prompts(body, prompts, prompt_ids),
             n=body.num_choices,
             logprobs=body.logprobs is not None,
             token_ids=bool(body.return_token_ids),
         )
         return service.respond(body, requests, shape, arrival_s)
 
-    def _prompt(self, body: CompletionBody, part: str | list[int], token_ids: list[int]) -> Prompt:
+    async def _shown_prompts(
+        self, body: CompletionBody, prompts: list[str | list[int]], prompt_ids: list[list[int]]
+    ) -> list[Prompt]:
         if not body.echo:
-            return Prompt(token_ids)
-        return Prompt(token_ids, part if isinstance(part, str) else self._service.tokenizer.decode(part))
+            return [Prompt(token_ids) for token_ids in prompt_ids]
+        texts = await self._service.decode_all(prompts)
+        return [Prompt(token_ids, text) for token_ids, text in zip(prompt_ids, texts, strict=True)]

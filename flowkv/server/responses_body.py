@@ -6,7 +6,7 @@ import msgspec
 from msgspec import Meta
 
 from flowkv.errors import RequestError
-from flowkv.server.chat_body import ChatBody
+from flowkv.server.chat_body import MAX_MESSAGES, ChatBody
 from flowkv.server.chat_message import ChatMessage, ContentPart, FunctionCall, ToolCall
 from flowkv.server.protocol import NumLogprobs, Positive, decode
 from flowkv.server.structured import Constraint, JsonSchema, OutputFormat
@@ -83,7 +83,7 @@ class ResponsesBody(msgspec.Struct, frozen=True, kw_only=True):
 
     unsupported: ClassVar[tuple[str, ...]] = ("previous_response_id", "conversation", "background", "prompt")
 
-    input: Annotated[str, Meta(min_length=1)] | Annotated[list[InputItem], Meta(min_length=1)]
+    input: Annotated[str, Meta(min_length=1)] | Annotated[list[InputItem], Meta(min_length=1, max_length=MAX_MESSAGES)]
     model: str | None = None
     instructions: str | None = None
     max_output_tokens: Positive | None = None

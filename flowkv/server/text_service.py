@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from starlette.requests import Request
 
@@ -20,7 +21,9 @@ from flowkv.server.response import Head, ResponseFormat, Usage
 from flowkv.server.structured import Constraint
 from flowkv.server.tools.plan import ToolPlanner
 
-INLINE_TEXT_CHARS = 16384  # longer texts are tokenized in a thread, so that they do not hold up every open stream
+INLINE_SIZE = 16384  # longer texts are tokenized in a thread, so that they do not hold up every open stream
+
+T = TypeVar("T")
 
 
 class TextService:
@@ -61,8 +64,22 @@ class TextService:
             len(text), lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         )
 
-    async def off_loop(self, num_chars: int, encode: Callable[[], list[int]]) -> list[int]:
-        return encode() if num_chars <= INLINE_TEXT_CHARS else await asyncio.to_thread(encode)
+    async def encode_all(self, prompts: list[str | list[int]]) -> list[list[int]]:
+        """Of one body, which may hold many short ones; those that are ids already stay what they are."""
+        num_chars = sum(len(part) for part in prompts if isinstance(part, str))
+        return await self.off_loop(
+            num_chars, lambda: [self.tokenizer.encode(part) if isinstance(part, str) else part for part in prompts]
+        )
+
+    async def decode_all(self, prompts: list[str | list[int]]) -> list[str]:
+        num_ids = sum(len(part) for part in prompts if not isinstance(part, str))
+        return await self.off_loop(
+            num_ids, lambda: [part if isinstance(part, str) else self.tokenizer.decode(part) for part in prompts]
+        )
+
+    async def off_loop(self, size: int, work: Callable[[], T]) -> T:
+        """`size`: of all of it together, in characters or tokens."""
+        return work() if size <= INLINE_SIZE else await asyncio.to_thread(work)
 
     async def binding(self, constraint: Constraint | None) -> Binding:
         """Raises `RequestError` (400) where no output can follow it."""

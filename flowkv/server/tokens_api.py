@@ -8,10 +8,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flowkv.errors import RequestError
-from flowkv.server.chat_body import check_messages, check_template_use
-from flowkv.server.chat_message import ChatMessage
+from flowkv.server.chat_body import Messages, check_messages, check_template_use
 from flowkv.server.chat_template import Conversation
 from flowkv.server.endpoint import BODY_ERRORS, Endpoint, json_response
+from flowkv.server.parameters import Limits
 from flowkv.server.protocol import decode
 from flowkv.server.text_service import TextService
 from flowkv.server.tool_body import Tools
@@ -22,7 +22,7 @@ class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     tools: Tools | None = None
@@ -74,15 +74,20 @@ class TokensApi:
         service.check_model(body.model)
         limits = service.frontend.limits()
         token_ids = await self._ids(body, len(data))
-        texts = [service.tokenizer.token_piece(token_id) for token_id in token_ids] if body.return_token_strs else None
+        texts = None
+        if body.return_token_strs:
+            _check_length("prompt" if body.messages is None else "messages", len(token_ids), limits)
+            texts = await service.off_loop(len(token_ids), lambda: list(map(service.tokenizer.token_piece, token_ids)))
         return json_response(Tokenized(len(token_ids), limits.max_request_tokens, token_ids, texts))
 
     async def detokenize(self, request: Request) -> Response:
         service = self._service
         body = decode(_detokenize_decoder, await service.read(request))
         service.check_model(body.model)
-        service.frontend.limits().check_ids("tokens", body.tokens)
-        return json_response(Detokenized(service.tokenizer.decode(body.tokens)))
+        limits = service.frontend.limits()
+        _check_length("tokens", len(body.tokens), limits)
+        limits.check_ids("tokens", body.tokens)
+        return json_response(Detokenized((await service.decode_all([body.tokens]))[0]))
 
     async def _ids(self, body: TokenizeBody, num_chars: int) -> list[int]:
         service = self._service
@@ -91,13 +96,24 @@ class TokensApi:
         if body.prompt is not None:
             return await service.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
         messages = body.messages or []
-        check_messages(messages)
+        check_messages(messages, "messages")
         check_template_use(body.add_generation_prompt, body.continue_final_message, body.chat_template_kwargs)
-        conversation = Conversation(
-            [message.plain() for message in messages],
-            [msgspec.to_builtins(tool) for tool in body.tools] if body.tools else None,
-            body.add_generation_prompt is not False,
-            bool(body.continue_final_message),
-            body.chat_template_kwargs or {},
-        )
-        return await service.off_loop(num_chars, lambda: service.tokenizer.encode_chat(conversation))
+
+        def encode() -> list[int]:
+            conversation = Conversation(
+                [message.plain() for message in messages],
+                [msgspec.to_builtins(tool) for tool in body.tools] if body.tools else None,
+                body.add_generation_prompt is not False,
+                bool(body.continue_final_message),
+                body.chat_template_kwargs or {},
+            )
+            return service.tokenizer.encode_chat(conversation)
+
+        return await service.off_loop(num_chars, encode)
+
+
+def _check_length(name: str, num_tokens: int, limits: Limits) -> None:
+    """Of what is asked for token by token. Raises `RequestError` (400) where it is more than a context."""
+    if num_tokens > limits.max_model_tokens:
+        reason = f"{name} has {num_tokens} tokens, more than the model's context of {limits.max_model_tokens}"
+        raise RequestError(reason, param=name, code="context_length_exceeded")
