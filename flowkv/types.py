@@ -7,6 +7,8 @@ from typing import Annotated
 import msgspec
 
 NO_TOKEN = -1  # drawn where there is nothing to draw from
+NO_WAY = -2  # drawn where that is so since a grammar has let no token through
+GRAMMAR_ENDED = "the grammar is too complex to be followed any further, or min_tokens goes beyond its end"
 DEFERRED = 2**31  # added to the priority of a request that will be late anyway, so that it makes no other late
 
 # Checked where a message is decoded, so that no process computes with what another got wrong.

@@ -93,6 +93,7 @@ class Answer:
     prompt_logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     num_tokens: int | None = None  # known once it has finished
+    error: str | None = None
     instances: list[str] = field(default_factory=list)
 
     @property
@@ -115,6 +116,7 @@ class Answer:
         if output.finish_reason is not None:
             assert self.finish_reason in ({None, output.finish_reason} if may_repeat else {None}), "it ends twice"
             self.finish_reason, self.num_tokens = output.finish_reason, output.index + len(output.token_ids)
+            self.error = output.error
         assert self.num_tokens is None or max(self.tokens, default=-1) < self.num_tokens, "tokens after the end"
         self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
 

@@ -50,7 +50,7 @@ class Batch(msgspec.Struct, frozen=True):
 
 
 class Draw(msgspec.Struct, frozen=True):
-    """`token_id` is NO_TOKEN where the logits were not numbers, or all masked."""
+    """`token_id` is NO_TOKEN where the logits were not numbers, or all masked; NO_WAY where a grammar did that."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None

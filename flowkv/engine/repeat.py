@@ -5,7 +5,6 @@ from dataclasses import replace
 
 from flowkv.engine.batch import Batch, BatchItem, BatchResult, Draw, ItemResult, Runner
 from flowkv.engine.sequence import Sequence
-from flowkv.types import NO_TOKEN
 
 
 def foreseen_steps(items: Iterable[BatchItem], most: int) -> int:
@@ -29,7 +28,7 @@ def run_repeats(runner: Runner, batch: Batch) -> BatchResult:
     draws: list[list[Draw]] = [[] for _ in shadows]
     copies, num_steps = batch.copies, 0
     forward_seconds = sampling_seconds = 0.0
-    while num_steps < batch.num_repeats and not any(drawn and drawn[-1].token_id == NO_TOKEN for drawn in draws):
+    while num_steps < batch.num_repeats and not any(drawn and drawn[-1].token_id < 0 for drawn in draws):
         result = runner.run(Batch(batch.batch_id, _step(batch, shadows, num_steps), copies))
         copies, num_steps = (), num_steps + 1
         forward_seconds += result.forward_seconds

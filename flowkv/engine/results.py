@@ -6,11 +6,12 @@ from flowkv.engine.batch import Batch, BatchItem, BatchResult, Draw, ItemResult
 from flowkv.engine.handoff_sender import HandoffSender
 from flowkv.engine.requests import Requests
 from flowkv.engine.sequence import Sequence
-from flowkv.types import NO_TOKEN, FinishReason, Output, Timings, TokenLogprobs
+from flowkv.types import GRAMMAR_ENDED, NO_TOKEN, NO_WAY, FinishReason, Output, Timings, TokenLogprobs
 
-_NO_TOKEN_TEXT = (
-    "no token could be drawn: the logits were NaN or infinite, or min_tokens, logit_bias or the grammar left none"
-)
+_NO_TOKEN_TEXTS = {
+    NO_TOKEN: "no token could be drawn: the logits were NaN or infinite, or min_tokens or logit_bias left none",
+    NO_WAY: GRAMMAR_ENDED,
+}
 
 
 class Results:
@@ -80,9 +81,8 @@ def _append(sequence: Sequence, choice: int, output_ids: list[int], draws: list[
     index = len(output_ids)
     token_ids = [draw.token_id for draw in draws]
     finish_reason, stop_token_id, error = None, None, None
-    if token_ids[-1] == NO_TOKEN:
-        token_ids.pop()
-        finish_reason, error = FinishReason.ERROR, _NO_TOKEN_TEXT
+    if token_ids[-1] < 0:
+        finish_reason, error = FinishReason.ERROR, _NO_TOKEN_TEXTS[token_ids.pop()]
     elif token_ids[-1] in request.sampling.stop_token_ids:
         finish_reason, stop_token_id = FinishReason.STOP, token_ids[-1]
     elif index + len(token_ids) >= request.sampling.max_tokens:

@@ -12,7 +12,7 @@ from flowkv.kv.layout import KvLayout
 from flowkv.model.loading import DTYPES, LoadedModel
 from flowkv.model.packing import pack
 from flowkv.model.sampler import DrawSpec, sample, token_logprobs
-from flowkv.types import TokenLogprobs
+from flowkv.types import NO_TOKEN, NO_WAY, TokenLogprobs
 
 _BLOCKS_A_COPY = 32
 
@@ -80,7 +80,8 @@ class TorchRunner:
     def _draw(self, logits: torch.Tensor, items: tuple[BatchItem, ...], places: list[ItemRows]) -> list[list[Draw]]:
         """Every item's draws, all made in one call."""
         specs = list(self._draw_specs(items, places))
-        drawn = iter([Draw(*result) for result in sample(logits, specs)] if specs else [])
+        results = sample(logits, specs) if specs else []
+        drawn = iter([_draw(spec, *result) for spec, result in zip(specs, results, strict=True)])
         return [[next(drawn) for _ in item.draws] for item in items]
 
     def _draw_specs(self, items: tuple[BatchItem, ...], places: list[ItemRows]) -> Iterator[DrawSpec]:
@@ -89,6 +90,12 @@ class TorchRunner:
             for choice in item.draws:
                 allowed = self._matchers.allowed(request, choice, output_ids)
                 yield DrawSpec(place.draw_row, request.sampling, choice, request.prompt_ids, output_ids, allowed)
+
+
+def _draw(spec: DrawSpec, token_id: int, logprobs: TokenLogprobs | None) -> Draw:
+    if token_id == NO_TOKEN and spec.allowed is not None and not spec.allowed.any():
+        return Draw(NO_WAY)
+    return Draw(token_id, logprobs)
 
 
 def needed_rows(items: tuple[BatchItem, ...]) -> tuple[list[int], list[ItemRows]]:

@@ -15,7 +15,7 @@ from flowkv.engine.batch import Batch, BatchItem, BatchResult, Draw, ItemResult
 from flowkv.grammar.matchers import Bits, Matchers
 from flowkv.grammar.vocabulary import BYTE_END_ID, Vocabulary
 from flowkv.kv.layout import KvLayout
-from flowkv.types import NO_TOKEN, Request, SamplingParams, TokenLogprobs
+from flowkv.types import NO_TOKEN, NO_WAY, Request, SamplingParams, TokenLogprobs
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -84,9 +84,10 @@ class ToyRunner:
         number = state
         if not sampling.is_greedy:
             number = _hash(state, sampling.seed, choice, len(output_ids))
-        candidates = _candidates(sampling, self._matchers.allowed(request, choice, output_ids), len(output_ids))
+        allowed = self._matchers.allowed(request, choice, output_ids)
+        candidates = _candidates(sampling, allowed, len(output_ids))
         if not candidates:
-            return Draw(NO_TOKEN)
+            return Draw(NO_TOKEN if allowed is None or allowed.any() else NO_WAY)
         may_end = sampling.grammar is not None and candidates[-1] == BYTE_END_ID
         token_id = BYTE_END_ID if may_end and number % 2 else candidates[number % len(candidates)]
         logprob = -1.0 - number % 1000 / 1000

@@ -1,5 +1,6 @@
 """From the text of a grammar to a matcher, within bounds: a text from a stranger costs little, whatever it says."""
 
+import re
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 MAX_TEXT_BYTES = 128 * 1024
 MAX_MESSAGE_CHARS = 400
+# What is found in comments, strings and regular expressions comes first, and without a group.
+_TOKEN_IDS = re.compile(r'//[^\n]*|"(?:[^"\\\n]|\\.)*"|/(?:[^/\\\n]|\\.)+/|(<\[)')
 _ANY_OBJECT = '{"type":"object"}'
 # A space, or a new line and its indentation: a model that likes white space would go on with it until max_tokens.
 # oneOf is anyOf: whether an answer fits two branches is known only where it ends.
@@ -54,9 +57,16 @@ def _source(grammar: Grammar) -> str:
             case GrammarKind.REGEX:
                 return LLMatcher.grammar_from_regex(grammar.text)
             case GrammarKind.GRAMMAR:
+                _check_tokens(grammar.text)
                 return grammar_from("grammar", grammar.text)
     except ValueError as error:
         raise GrammarError(one_line(str(error))) from error
+
+
+def _check_tokens(text: str) -> None:
+    """Ids of tokens are another model's with another vocabulary, and this one's frontend compiles for a small one."""
+    if any(found[1] for found in _TOKEN_IDS.finditer(text)):
+        raise GrammarError("tokens have names, as <|end|>, and no numbers, as <[5]>")
 
 
 def _choices(text: str) -> str:

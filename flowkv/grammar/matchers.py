@@ -5,6 +5,7 @@ through its ids once; from then on each token is one step.
 """
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,11 +17,12 @@ from llguidance import LLMatcher
 from flowkv.errors import GrammarError
 from flowkv.grammar.compiler import compile_grammar, one_line
 from flowkv.grammar.vocabulary import Vocabulary
+from flowkv.throttle import Throttle
 from flowkv.types import Grammar, Request
 
 Bits = npt.NDArray[np.uint8]  # bit i % 8 of byte i // 8: whether token i may be next
 
-MAX_COMPILED = 64
+MAX_COMPILED = 16  # each may come to take some 40 MiB, whose states all of its places share
 NOTHING: Bits = np.zeros(1, np.uint8)  # not of no bytes, which numpy would unpack from beyond their end
 
 _logger = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ _logger = logging.getLogger(__name__)
 class _Compiled:
     start: LLMatcher  # stays where it is
     first: Bits  # what may be first
+    num_places: int = 0  # that ever were, which all have added to the states
 
 
 @dataclass(slots=True)
@@ -53,6 +56,7 @@ class Matchers:
         self._max_places = max_places
         self._compiled: OrderedDict[Grammar, _Compiled] = OrderedDict()
         self._places: OrderedDict[tuple[str, int], _Place] = OrderedDict()
+        self._throttle = Throttle()
 
     def allowed(self, request: Request, choice: int, output_ids: list[int]) -> Bits | None:
         """Which tokens may follow `output_ids`; None: any, since there is no grammar.
@@ -62,18 +66,31 @@ class Matchers:
         grammar = request.sampling.grammar
         if grammar is None:
             return None
+        key = (request.request_id, choice)
         try:
-            if not output_ids:
-                return self._compile(grammar).first
-            return _next(self._place(grammar, (request.request_id, choice), output_ids).matcher)
+            return self._allowed(grammar, key, output_ids)
         except GrammarError as error:
-            _logger.warning("its grammar: %s", error, extra={"request_id": request.request_id})
+            if (more := self._throttle.note("grammar", time.monotonic())) is not None:
+                _logger.warning("its grammar: %s%s", error, more, extra={"request_id": request.request_id})
             return NOTHING
 
-    def _place(self, grammar: Grammar, key: tuple[str, int], output_ids: list[int]) -> _Place:
+    def _allowed(self, grammar: Grammar, key: tuple[str, int], output_ids: list[int]) -> Bits:
+        compiled = self._compile(grammar)
+        if not output_ids:
+            return compiled.first
+        try:
+            return _next(self._place(grammar, compiled, key, output_ids).matcher)
+        except GrammarError:
+            self._drop(grammar)  # it can only fail again, and has come to be as large as any
+            if compiled.num_places <= 1:
+                raise
+        return self._allowed(grammar, key, output_ids)  # others may have used up what it may take
+
+    def _place(self, grammar: Grammar, compiled: _Compiled, key: tuple[str, int], output_ids: list[int]) -> _Place:
         place = self._places.pop(key, None)
         if place is None or not place.is_on_the_way_to(grammar, output_ids):
-            place = _Place(grammar, self._compile(grammar).start.deep_copy())
+            place = _Place(grammar, compiled.start.deep_copy())
+            compiled.num_places += 1
         new_ids = output_ids[len(place.ids) :]
         place.matcher.consume_tokens(new_ids)
         place.ids += new_ids
@@ -91,8 +108,14 @@ class Matchers:
             compiled = _Compiled(start, _next(start.deep_copy()))
         self._compiled[grammar] = compiled
         if len(self._compiled) > MAX_COMPILED:
-            self._compiled.popitem(last=False)
+            self._drop(next(iter(self._compiled)))
         return compiled
+
+    def _drop(self, grammar: Grammar) -> None:
+        """With its places, which would keep its states."""
+        del self._compiled[grammar]
+        for key in [key for key, place in self._places.items() if place.grammar == grammar]:
+            del self._places[key]
 
 
 def _next(matcher: LLMatcher) -> Bits:

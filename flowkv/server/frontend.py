@@ -40,7 +40,7 @@ from flowkv.server.timeline import RequestRecord, Timeline
 from flowkv.server.tokenizer import Tokenizer
 from flowkv.server.trace_context import current_traceparent
 from flowkv.server.watch import ClusterWatch
-from flowkv.types import FinishReason, Output, Request
+from flowkv.types import GRAMMAR_ENDED, FinishReason, Output, Request
 from flowkv.usage import UsageMeter
 from flowkv.wire import AsyncMailbox, Outbox
 
@@ -403,8 +403,7 @@ class Frontend:
             self.metrics.e2e_s.observe(now_s - live.arrival_s)
             self.history.ended(now_s, failed=delta.finish_reason is FinishReason.ERROR)
         if delta.finish_reason is FinishReason.ERROR:
-            reason = delta.error or "the instance that held the request failed"
-            self._fail(live, RequestError(reason, status=500, code="instance_failed"))
+            self._fail(live, _failure(delta.error))
         elif live.is_finished:
             assert delta.finish_reason is not None
             live.timeline.finished(delta.finish_reason, now_s)
@@ -434,3 +433,10 @@ class Frontend:
         )
         stops = StopStrings(options.stop_strings, options.include_stop)
         return Choice(number, detokenizer, stops, request.sampling.min_tokens)
+
+
+def _failure(reason: str | None) -> RequestError:
+    """Of what an instance has ended with an error: nobody's fault but its own, unless it says so."""
+    if reason == GRAMMAR_ENDED:
+        return RequestError(reason, code="grammar_too_complex")
+    return RequestError(reason or "the instance that held the request failed", status=500, code="instance_failed")

@@ -12,7 +12,7 @@ from flowkv.config import EngineConfig
 from flowkv.engine.batch import Batch, BatchResult, Draw, ItemResult
 from flowkv.engine.toy import ToyRunner
 from flowkv.grammar.vocabulary import BYTE_END_ID
-from flowkv.types import NO_TOKEN, FinishReason, Grammar, GrammarKind, Role
+from flowkv.types import GRAMMAR_ENDED, NO_TOKEN, FinishReason, Grammar, GrammarKind, Role
 from tests.cluster_in_process import Cluster
 from tests.effort import examples
 
@@ -206,6 +206,13 @@ def test_logits_that_are_no_numbers_end_one_request_and_no_other() -> None:
         assert len(cluster.ids("bad", choice)) == 3
     assert cluster.ids("good") == reference(prompt(1, 20), max_tokens=9)
     cluster.check_at_rest()
+
+
+def test_a_grammar_that_lets_nothing_through_is_named_as_what_ends_its_request() -> None:
+    cluster = Cluster([P, D])
+    cluster.submit("bad", prompt(0, 20), max_tokens=9, grammar=Grammar(kind=GrammarKind.REGEX, text="(?=a)"))
+    cluster.run()
+    assert cluster.answers["bad", 0].error == GRAMMAR_ENDED
 
 
 def test_preempted_requests_continue_with_the_same_tokens() -> None:

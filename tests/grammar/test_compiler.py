@@ -35,6 +35,7 @@ def accepts(kind: GrammarKind, text: str, answer: str) -> bool:
         ("choice", '["yes", "no", "\u00e9"]', "\u00e9", "ye"),
         ("grammar", 'start: "a" b*\nb: "(" b ")" | "x"', "a((x))x", "a(x"),
         ("grammar", 'root ::= "yes" | "no" [0-9]+', "no42", "no"),
+        ("grammar", 'start: /<[0-9]>/ "<[" //<[5]>', "<5><[", "<a><["),
         ("grammar", 'start: "<call>" %json {"type": "integer"} "</call>"', "<call>7</call>", "<call>a</call>"),
     ],
 )
@@ -54,6 +55,8 @@ def test_every_kind(kind: str, text: str, good: str, bad: str) -> None:
         ("regex", "(?=a)b", "look-around"),
         ("regex", "(" * 20_000, "regex"),
         ("grammar", "start: foo", "foo"),
+        ("grammar", 'start: "a" <[5]>', "names"),
+        ("grammar", "start: <[^5-9,11]>", "names"),
         ("grammar", "root ::= " + "(" * 30_000, "GBNF"),
         ("grammar", "start: " + "(" * 30_000, "nested"),
         ("choice", "[]", "one at least"),

@@ -2,18 +2,22 @@
 
 import json
 import logging
+import random
 from typing import Any
 
 import jsonschema
+import msgspec
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from llguidance import LLParserLimits
 
 from flowkv.bundled import MODEL_FOLDER
+from flowkv.grammar import compiler as compiler_module
 from flowkv.grammar import matchers as matchers_module
-from flowkv.grammar.matchers import Matchers
+from flowkv.grammar.matchers import NOTHING, Matchers
 from flowkv.grammar.vocabulary import BYTE_END_ID, Vocabulary
 from flowkv.model.sampler import DrawSpec, sample
 from flowkv.model_files import load_tokenizer
@@ -124,6 +128,40 @@ def test_few_grammars_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ("a", "b", "a", "c"):
         matchers.allowed(request_of(Grammar(kind=GrammarKind.REGEX, text=text)), 0, [])
     assert [grammar.text for grammar in matchers._compiled] == ["a", "c"]
+
+
+def test_the_places_of_a_grammar_go_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matchers_module, "MAX_COMPILED", 2)
+    matchers = Matchers(VOCABULARY, 16)
+    ids = TOKENIZER.encode("a").ids
+    for number in range(6):
+        request = msgspec.structs.replace(
+            request_of(Grammar(kind=GrammarKind.REGEX, text=f"a{number}")), request_id=f"r{number}"
+        )
+        matchers.allowed(request, 0, ids)
+    assert [request_id for request_id, _ in matchers._places] == ["r4", "r5"]
+
+
+def test_what_others_have_used_up_of_a_grammar_ends_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its states are shared: one that all of them together have too many of is compiled anew."""
+    limits = LLParserLimits(max_lexer_states=1000, precompute_large_lexemes=False)
+    monkeypatch.setattr(compiler_module, "limits", lambda: limits)
+    matchers = Matchers(Vocabulary.of_bytes(), 32)
+    generator = random.Random(1)
+    for number in range(20):
+        request = request_of(Grammar(kind=GrammarKind.REGEX, text="[ab]*a[ab]{14}c"))
+        request = msgspec.structs.replace(request, request_id=f"r{number}")
+        ids = generator.choices(b"ab", k=100)
+        for length in range(1, len(ids)):
+            allowed = matchers.allowed(request, 0, ids[:length])
+            assert allowed is not None and allowed.any()
+
+
+def test_a_grammar_that_is_too_much_is_not_kept() -> None:
+    matchers = Matchers(VOCABULARY, 16)
+    request = request_of(Grammar(kind=GrammarKind.REGEX, text="(.*(a|ab|abc|bca|cab|c).{1,300}){300}"))
+    assert matchers.allowed(request, 0, TOKENIZER.encode("cbaabacab" * 40).ids) is NOTHING
+    assert not matchers._compiled and not matchers._places
 
 
 def test_without_a_grammar_anything_may_be_next() -> None:

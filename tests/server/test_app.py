@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from flowkv.messages import Abort, Rejected
 from flowkv.server.cluster_view import ClusterView
-from flowkv.types import FinishReason, Output, Regime, Request
+from flowkv.types import GRAMMAR_ENDED, FinishReason, Output, Regime, Request
 from tests.server.conftest import MAX_BODY_BYTES, Served
 from tests.server.fake_cluster import CONTEXT_TOKENS, VOCAB_SIZE, outputs, say, status
 
@@ -315,6 +315,19 @@ def test_an_instance_fails(served: Served, route: str) -> None:
     assert (error["type"], error["message"]) == ("server_error", "d0.1 died")
     chunks = events(post(served, route, stream=True))
     assert chunks[-1]["error"]["message"] == "d0.1 died"
+
+
+@both_routes
+def test_a_grammar_that_gets_too_much_is_not_the_servers_fault(served: Served, route: str) -> None:
+    def ended(request: Request) -> list[Output | Rejected]:
+        return [
+            *outputs(request, [65, 66])[:1],
+            Output(request.request_id, 0, 0, [], FinishReason.ERROR, error=GRAMMAR_ENDED),
+        ]
+
+    served.cluster.answer = ended
+    assert error_of(post(served, route), 400)["code"] == "grammar_too_complex"
+    assert events(post(served, route, stream=True))[-1]["error"]["code"] == "grammar_too_complex"
 
 
 @both_routes
