@@ -123,9 +123,10 @@ def clients(server: Server, count: int, requests: dict[str, dict[str, Any]]) -> 
 
 def test_a_cluster_grows_under_load_and_shrinks_after_it_and_every_request_is_answered() -> None:
     bounds = ("--min-instances", "2", "--max-instances", "3")
-    with serving(*TOY, *HASTY, *bounds, "--prefill", "1", "--decode", "1") as server:
+    slow = ("--set", "toy_step_s=0.02")  # so that a few clients are too many
+    with serving(*TOY, *HASTY, *slow, *bounds, "--prefill", "1", "--decode", "1") as server:
         server.client = httpx.Client(base_url=server.url, timeout=60.0, limits=httpx.Limits(max_connections=200))
-        with clients(server, 100, long_requests(8)):
+        with clients(server, 30, long_requests(8)):
             server.wait_for_line(re.compile("added "))
             eventually(lambda: len(instances(server)) == 3, "it is known")
         with clients(server, 2, make_requests(8, seed=7)):
