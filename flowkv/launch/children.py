@@ -15,9 +15,14 @@ import zmq
 
 from flowkv.child import STOP_SIGNALS, child_main
 from flowkv.config import LoggingConfig
+from flowkv.errors import FlowKVError
 
 _STOP_TIMEOUT_S = 10.0
 _EXIT_CODE_TIMEOUT_S = 1.0  # for the fork server to say how its child ended
+
+
+class NotStarted(FlowKVError):
+    """There is no process: the machine has no room for one more, or who was to fork it is gone."""
 
 
 @dataclass(slots=True)
@@ -46,7 +51,7 @@ class Child:
         exitcode = self.process.exitcode
         if exitcode is None:
             return "ended"
-        return f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"exited with code {exitcode}"
+        return f"was killed by {_signal_name(-exitcode)}" if exitcode < 0 else f"exited with code {exitcode}"
 
 
 class Children:
@@ -60,7 +65,7 @@ class Children:
     def start(
         self, name: str, context: Any, target: Callable[..., object], *args: Any, orphaned_folders: tuple[str, ...] = ()
     ) -> Child:
-        """Run `target(*args)` in a process of `context` (of multiprocessing), under `child_main`."""
+        """Run `target(*args)` in a process of `context` (of multiprocessing), under `child_main`. Raises NotStarted."""
         process = context.Process(
             target=child_main, args=(name, list(orphaned_folders), target, args, self.logging), name=f"flowkv {name}"
         )  # fmt: skip
@@ -68,9 +73,10 @@ class Children:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             process.start()
-            assert process.pid is not None
-            child = self._children[name] = Child(name, process, os.pidfd_open(process.pid))
+            child = self._children[name] = Child(name, process, _pid_fd(process))
             self._poller.register(child.pid_fd, zmq.POLLIN)
+        except (OSError, EOFError) as error:
+            raise NotStarted(f"could not be started: {str(error) or 'the fork server is gone'}") from error
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return child
@@ -138,6 +144,22 @@ class Children:
         self._poller.unregister(child.pid_fd)
         os.close(child.pid_fd)
         return child.describe_exit()
+
+
+def _pid_fd(process: BaseProcess) -> int:
+    """A process that could not be watched is ended."""
+    assert process.pid is not None
+    try:
+        return os.pidfd_open(process.pid)
+    except OSError:
+        process.kill()
+        process.join(_EXIT_CODE_TIMEOUT_S)
+        raise
+
+
+def _signal_name(number: int) -> str:
+    """Those for real-time have none."""
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def _take_care() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from flowkv.engine.process import InstanceSpec, run_instance
 from flowkv.errors import ConfigError, FlowKVError
 from flowkv.launch.backoff import Backoff
-from flowkv.launch.children import Child, Children
+from flowkv.launch.children import Child, Children, NotStarted
 from flowkv.launch.display import Display
 from flowkv.launch.timers import Timers
 from flowkv.messages import RESTART_MARK, InstanceExited, StartFailed
@@ -38,6 +38,11 @@ class _Seat:
     def is_first(self) -> bool:
         """No other instance was in this seat before."""
         return self.epoch == 0
+
+    @property
+    def must_start(self) -> bool:
+        """The node does not come up without it."""
+        return self.is_first and not self.is_added
 
 
 class Instances:
@@ -137,13 +142,18 @@ class Instances:
         return _Seat(spec, is_added, Backoff(restart.max_failures, restart.max_delay_s))
 
     def _fill(self, seat: _Seat) -> None:
-        """Start the seat's instance, under a name that no earlier one had."""
+        """Start the seat's instance, under a name that no earlier one had. FlowKVError if it cannot and must."""
         name = seat.spec.name if seat.is_first else f"{seat.spec.name}{RESTART_MARK}{seat.epoch}"
         address = f"ipc://{self._run_folder}/{name}" if self._host is None else tcp_address(self._host, "*")
         spec = replace(seat.spec, name=name, address=address, pool_address=f"{self._run_folder}/{name}.pool")
         self._seats[name] = seat
         self._display.progress(name, 0.0, "starting")
-        self._children.start(name, self._context, run_instance, spec)
+        try:
+            self._children.start(name, self._context, run_instance, spec)
+        except NotStarted as error:
+            if seat.must_start:
+                raise FlowKVError(f"{name} {error}") from error
+            self._end(self._seats.pop(name), name, str(error), is_failed_start=seat.is_first)
 
     # --- what becomes of them --------------------------------------------------------------------------------------
 
@@ -161,8 +171,11 @@ class Instances:
     def on_start_failed(self, message: StartFailed) -> None:
         """Fatal while the node starts; what was to replace another, or was added, is counted when it has ended."""
         text = f"{message.process}: {message.reason}"
-        seat = self._seats.get(message.process)
-        if seat is None or (seat.is_first and not seat.is_added):
+        if (seat := self._seats.get(message.process)) is None:
+            _logger.warning("%s (it is gone)", text)
+            return
+        child = self._children.get(message.process)
+        if seat.must_start and not (child is not None and child.is_ready):
             raise ConfigError(text)
         seat.failure = message.reason
         self._children.stop(message.process)
@@ -172,8 +185,12 @@ class Instances:
         name = child.name
         seat = self._seats.pop(name)
         is_failed_start = seat.is_first and not child.is_ready and not seat.is_retired
-        if is_failed_start and not seat.is_added:
+        if is_failed_start and seat.must_start:
             raise FlowKVError(f"{name} {how} before it was ready")
+        self._end(seat, name, how, is_failed_start)
+
+    def _end(self, seat: _Seat, name: str, how: str, is_failed_start: bool) -> None:
+        """Whoever has to know is told, and the seat is filled again unless nobody wants that."""
         reason = "retired" if seat.is_retired else seat.failure or how
         exited = InstanceExited(name, reason, seat.spec.epoch, is_final=seat.is_retired or self._is_closing)
         self._exits.append(exited)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from flowkv.config import RestartConfig
 from flowkv.errors import ConfigError, FlowKVError
 from flowkv.launch.backoff import Backoff
+from flowkv.launch.children import NotStarted
 from flowkv.launch.display import Display
 from flowkv.launch.timers import Timers
 from flowkv.messages import RESTART_MARK, StartFailed
@@ -20,6 +21,7 @@ class _Service:
     backoff: Backoff
     epoch: int = 0
     is_running: bool = False
+    is_ready: bool = False
     is_retired: bool = False
     failure: str | None = None  # why it says that it cannot start
 
@@ -63,13 +65,14 @@ class Services:
 
     def on_ready(self, process: str, now_s: float) -> None:
         if (service := self._find(process)) is not None:
+            service.is_ready = True
             service.backoff.ready(now_s)
 
     def on_start_failed(self, message: StartFailed) -> bool:
-        """Whether it is one of these. ConfigError if it was the first of its kind."""
+        """Whether it is one of these. ConfigError if it was the first of its kind, and was never ready."""
         if (service := self._find(message.process)) is None:
             return False
-        if service.epoch == 0:
+        if service.epoch == 0 and not service.is_ready:
             raise ConfigError(f"{message.process}: {message.reason}")
         service.failure = message.reason
         return True
@@ -95,8 +98,13 @@ class Services:
     def _run(self, service: _Service) -> None:
         if service.is_retired:
             return
-        service.is_running = True
-        service.start(service.present_name, service.epoch)
+        service.is_running, service.is_ready = True, False
+        try:
+            service.start(service.present_name, service.epoch)
+        except NotStarted as error:
+            if service.epoch == 0:
+                raise FlowKVError(f"the {service.name} {error}") from error
+            self.on_exit(service.present_name, False, str(error))
 
     def _find(self, process: str) -> _Service | None:
         found = (service for service in self._services.values() if service.present_name == process)

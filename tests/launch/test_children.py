@@ -1,14 +1,16 @@
+import errno
 import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import zmq
 
 from flowkv.launch import children
-from flowkv.launch.children import Child, Children
+from flowkv.launch.children import Child, Children, NotStarted
 
 
 @pytest.fixture
@@ -37,6 +39,38 @@ def test_who_is_told_to_stop_ends_by_itself(started: tuple[Children, Child]) -> 
     assert how in ("exited with code 0", "was killed by SIGTERM")
     assert some.next_kill_s() is None
     some.stop(child.name)  # which is known no more
+
+
+def test_a_signal_without_a_name_has_a_number(started: tuple[Children, Child]) -> None:
+    some, child = started
+    child.send_signal(signal.SIGRTMIN + 6)
+    assert ends_of(some) == [f"was killed by signal {signal.SIGRTMIN + 6}"]
+
+
+def test_who_cannot_be_watched_is_not_left_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    pids: list[int] = []
+
+    def no_room(pid: int) -> int:
+        pids.append(pid)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "pidfd_open", no_room)
+    some = Children(zmq.Poller())
+    with pytest.raises(NotStarted, match=r"could not be started: .*Too many open files"):
+        some.start("sleeper", multiprocessing.get_context("spawn"), time.sleep, 600)
+    assert some.take_gone() == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EAGAIN, "Resource temporarily unavailable"), EOFError()])
+def test_what_hinders_a_start_is_said_in_one_line(error: Exception) -> None:
+    def start() -> None:
+        raise error
+
+    context = SimpleNamespace(Process=lambda **_: SimpleNamespace(start=start))
+    with pytest.raises(NotStarted, match=r"could not be started: (.*unavailable|the fork server is gone)$"):
+        Children(zmq.Poller()).start("one", context, time.sleep, 600)
 
 
 def test_who_does_not_heed_it_is_killed(started: tuple[Children, Child], monkeypatch: pytest.MonkeyPatch) -> None:

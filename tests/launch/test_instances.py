@@ -11,11 +11,11 @@ import pytest
 
 from flowkv.config import ClusterConfig
 from flowkv.engine.process import InstanceSpec
-from flowkv.errors import FlowKVError
-from flowkv.launch.children import Child, Children
+from flowkv.errors import ConfigError, FlowKVError
+from flowkv.launch.children import Child, Children, NotStarted
 from flowkv.launch.instances import Instances
 from flowkv.launch.timers import Timers
-from flowkv.messages import InstanceExited, Message
+from flowkv.messages import InstanceExited, Message, StartFailed
 from flowkv.types import Role
 from flowkv.wire import Outbox
 
@@ -29,6 +29,7 @@ class Rig:
         self.stopped: list[str] = []
         self.killed: list[str] = []
         self.running: dict[str, Any] = {}
+        self.num_no_room = 0  # so many starts fail
         self.timers = Timers()
         self.instances = Instances(
             cast(Children, self), self, cast(Outbox, self), self.timers, folder, get_context("forkserver")
@@ -50,6 +51,9 @@ class Rig:
         self.told.append(message)
 
     def start(self, name: str, *_: object) -> None:
+        if self.num_no_room:
+            self.num_no_room -= 1
+            raise NotStarted("could not be started: no room")
         self.running[name] = SimpleNamespace(name=name, is_ready=False)
 
     def get(self, name: str) -> Any:
@@ -143,3 +147,32 @@ def test_the_first_ones_must_start(tmp_path: Path) -> None:
     rig.running["prefill-0"].is_ready = False
     with pytest.raises(FlowKVError, match="prefill-0 exited with code 0 before it was ready"):
         rig.end("prefill-0")
+
+
+def test_a_successor_that_the_machine_has_no_room_for_is_a_failure_and_is_tried_again(rig: Rig) -> None:
+    rig.num_no_room = 2
+    rig.end("decode-0", "was killed by SIGKILL")
+    assert set(rig.running) == {"prefill-0"} and rig.instances.names == ["prefill-0"]
+    assert re.search("decode-0~1 could not be started: no room; starting it again in 1 s .failure 2 of", rig.notes[-1])
+    rig.timers.run_due(float("inf"))
+    rig.timers.run_due(float("inf"))
+    assert set(rig.running) == {"prefill-0", "decode-0~3"}
+    ended = [message.instance for message in rig.told if isinstance(message, InstanceExited)]
+    assert ended == ["decode-0", "decode-0~1", "decode-0~2"]
+
+
+def test_one_more_that_there_is_no_room_for_is_not_added(rig: Rig) -> None:
+    rig.num_no_room = 1
+    rig.instances.add(Role.DECODE)
+    assert rig.notes == ["decode-1 could not be added: could not be started: no room"]
+    assert [message.instance for message in rig.told if isinstance(message, InstanceExited)] == ["decode-1"]
+
+
+def test_what_one_that_is_gone_says_of_its_start_ends_nobody(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    rig.instances.on_start_failed(StartFailed("decode-7", "why"))
+    assert "decode-7: why" in caplog.text
+    rig.instances.on_start_failed(StartFailed("decode-0", "why"))  # it was ready once
+    assert rig.stopped == ["decode-0"]
+    rig.running["prefill-0"].is_ready = False
+    with pytest.raises(ConfigError, match="prefill-0: why"):
+        rig.instances.on_start_failed(StartFailed("prefill-0", "why"))

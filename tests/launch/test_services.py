@@ -1,7 +1,10 @@
+import re
+
 import pytest
 
 from flowkv.config import RestartConfig
 from flowkv.errors import ConfigError, FlowKVError
+from flowkv.launch.children import NotStarted
 from flowkv.launch.services import Services
 from flowkv.launch.timers import Timers
 from flowkv.messages import StartFailed
@@ -17,7 +20,14 @@ class Rig:
         self.timers = Timers()
         self.services = Services(self, self.timers)
         restart = RestartConfig(max_failures=max_failures)
-        self.services.start("frontend", restart, lambda *which: self.started.append(which), self.ended.append)
+        self.num_no_room = 0  # so many starts fail
+        self.services.start("frontend", restart, self.start, self.ended.append)
+
+    def start(self, name: str, generation: int) -> None:
+        if self.num_no_room:
+            self.num_no_room -= 1
+            raise NotStarted("could not be started: no room")
+        self.started.append((name, generation))
 
     def progress(self, process: str, fraction: float, text: str) -> None: ...
 
@@ -73,6 +83,32 @@ def test_why_a_successor_cannot_start_is_shown_and_it_is_tried_again() -> None:
     assert rig.notes[-1].startswith("the frontend~1 the port is taken; starting it again in 1 s")
     rig.pass_time()
     assert rig.started[-1] == ("frontend~2", 2)
+
+
+def test_a_successor_that_the_machine_has_no_room_for_is_a_failure_and_is_tried_again() -> None:
+    rig = Rig()
+    rig.num_no_room = 1
+    rig.end("frontend")
+    rig.pass_time()
+    assert re.search("frontend~1 could not be started: no room; starting it again in 1 s .failure 2 of", rig.notes[-1])
+    assert not rig.services.is_running("frontend")
+    rig.pass_time()
+    assert rig.started[-1] == ("frontend~2", 2)
+
+
+def test_the_first_of_them_must_find_room() -> None:
+    rig = Rig()
+    rig.num_no_room = 1
+    with pytest.raises(FlowKVError, match="the controller could not be started: no room"):
+        rig.services.start("controller", RestartConfig(), rig.start)
+
+
+def test_one_that_was_ready_may_say_what_it_likes() -> None:
+    rig = Rig()
+    rig.services.on_ready("frontend", 0.0)
+    assert rig.services.on_start_failed(StartFailed("frontend", "it broke"))
+    rig.end("frontend")
+    assert rig.notes == ["the frontend it broke; starting it again"]
 
 
 def test_of_others_nothing_is_known() -> None:
