@@ -16,6 +16,8 @@ Steps = Generator[None, None, T]
 
 NAME_KEYS = ("name",)
 ARGUMENT_KEYS = ("arguments", "parameters")
+MAX_GAP = 64  # characters of white space that are dropped before a marker
+MAX_WASTED = 64 * 1024  # characters read in vain before all that comes is text
 _NAME_CHARS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-:/")
 
 
@@ -47,6 +49,10 @@ class Feed:
         self._at = 0
         self._has_ended = False
         self._gap = ""  # white space before the marker found last
+        self._furthest = 0  # how far was read for nothing since that marker
+        self._num_wasted = 0  # characters read for nothing in all
+        self._has_run_out = False  # reading came to the end of all text
+        self._is_text = False  # whatever comes
         self._pieces: list[Piece] = []
 
     # --- from outside --------------------------------------------------------------------------------------------
@@ -78,16 +84,18 @@ class Feed:
     # --- what a format reads -------------------------------------------------------------------------------------
 
     def text_until(self, marker: str) -> Steps[bool]:
-        """Shows the text before `marker` and reads past it; False: it never comes. White space before it is dropped."""
+        """Shows the text before `marker` and reads past it; False: it never comes. White space before it is dropped,
+        up to `MAX_GAP`."""
         while True:
-            found = self._text.find(marker, self._at)
+            found = -1 if self._is_text else self._text.find(marker, self._at)
             if found >= 0:
-                before = self._text[self._at : found]
-                self.show(before.rstrip())
-                self._gap = before[len(before.rstrip()) :]
+                gap_at = self._gap_before(found)
+                self.show(self._text[self._at : gap_at])
+                self._gap = self._text[gap_at:found]
                 self._cut(found + len(marker))
+                self._furthest, self._has_run_out = 0, False
                 return True
-            keep = len(self._text) if self._has_ended else self._first_undecided(marker)
+            keep = len(self._text) if self._has_ended or self._is_text else self._first_undecided(marker)
             self.show(self._text[self._at : keep])
             self._cut(keep)
             if self._has_ended:
@@ -95,7 +103,13 @@ class Feed:
             yield
 
     def refuse(self, marker: str) -> None:
-        """What `text_until` took for the beginning of a call is text; what was read since is read again."""
+        """What `text_until` took for the beginning of a call is text; what was read since is read again.
+
+        Not for ever, as that takes the square of its length: where the text has ended within what may have been a call,
+        or too much was read for nothing, the rest is text.
+        """
+        self._num_wasted += max(self._furthest, self._at)
+        self._is_text = self._has_run_out or self._num_wasted > MAX_WASTED
         self._at = 0
         self.show(self._gap + marker)
 
@@ -120,6 +134,7 @@ class Feed:
                 self._at += len(word)
                 return True
             if self._has_ended or not word.startswith(ahead):
+                self._has_run_out |= word.startswith(ahead)
                 return False
             yield
 
@@ -141,6 +156,7 @@ class Feed:
         begin = self._at
         while (found := self._text.find(marker, begin)) < 0:
             if self._has_ended:
+                self._has_run_out = True
                 return None
             begin = max(self._at, len(self._text) - len(marker) + 1)
             yield
@@ -184,6 +200,7 @@ class Feed:
         start = self._at
         done = yield from steps
         if not done:
+            self._furthest = max(self._furthest, self._at)
             self._at = start
         return done
 
@@ -249,6 +266,7 @@ class Feed:
     def _has_more(self) -> Steps[bool]:
         while self._at >= len(self._text):
             if self._has_ended:
+                self._has_run_out = True
                 return False
             yield
         return True
@@ -258,7 +276,12 @@ class Feed:
         text = self._text
         longest = min(len(marker) - 1, len(text) - self._at)
         length = next((n for n in range(longest, 0, -1) if text.endswith(marker[:n])), 0)
-        return max(self._at, len(text[: len(text) - length].rstrip()))
+        return self._gap_before(len(text) - length)
+
+    def _gap_before(self, end: int) -> int:
+        """Where the white space before `end` begins that belongs to a marker there."""
+        first = max(self._at, end - MAX_GAP)
+        return first + len(self._text[first:end].rstrip())
 
     def _cut(self, at: int) -> None:
         self._text, self._at = self._text[at:], 0

@@ -1,14 +1,17 @@
 import json
+from collections import Counter
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkv.server.tools import deepseek
-from flowkv.server.tools.feed import Arguments, CallBegin, Piece, Text
+from flowkv.server.tools import deepseek, feed
+from flowkv.server.tools.feed import MAX_GAP, MAX_WASTED, Arguments, CallBegin, Piece, Text
 from flowkv.server.tools.formats import FORMATS, find_format
 from flowkv.server.tools.json_formats import call_list
+from flowkv.server.tools.json_scanner import JsonScanner
 from flowkv.server.tools.reader import NamedReader, ToolReader
 from flowkv.server.tools.tool_format import ToolFormat
 
@@ -145,7 +148,23 @@ def test_any_cut_says_the_same(case: tuple[str, str, str, list[Call]], places: l
 
 
 SNIPPETS = sorted(
-    {'{"name": "f", "arguments": ', '{"x": 1}', "}", "[", "]", '"', "\\", " ", "\n", ";", ",", "f", "é", "word"}
+    {
+        '{"name": "f", "arguments": ',
+        '{"x": 1}',
+        "}",
+        "[",
+        "]",
+        '"',
+        "\\",
+        " ",
+        " " * 70,
+        "\n",
+        ";",
+        ",",
+        "f",
+        "é",
+        "word",
+    }
     | {marker for known in FORMATS.values() for marker in known.markers}
     | {"functools", "<function=f>", "<parameter=x>", "</parameter>", "</function>", "<arg_key>", "</arg_key>"}
 )
@@ -155,9 +174,40 @@ SNIPPETS = sorted(
     st.sampled_from(sorted(FORMATS)),
     st.lists(st.sampled_from(SNIPPETS), max_size=14).map("".join),
     st.lists(st.integers(0, 10_000), max_size=8),
+    st.sampled_from([MAX_WASTED, 20]),
 )
-def test_any_text_is_read_and_any_cut_of_it_says_the_same(name: str, text: str, places: list[int]) -> None:
-    assert read(reader(name), cut(text, places)) == read(reader(name), [text])
+def test_any_text_is_read_and_any_cut_of_it_says_the_same(
+    name: str, text: str, places: list[int], max_wasted: int
+) -> None:
+    with patch.object(feed, "MAX_WASTED", max_wasted):
+        assert read(reader(name), cut(text, places)) == read(reader(name), [text])
+
+
+@pytest.mark.parametrize("name", ["hermes", "mistral", "granite", "llama3_json"])
+@pytest.mark.parametrize("end", ["", "]" * 2000 + "x"], ids=["within", "beyond"])
+def test_what_looks_like_calls_within_calls_is_not_read_again_and_again(
+    name: str, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = Counter[str]()
+    scan = JsonScanner.scan
+
+    def counting(self: JsonScanner, text: str, at: int) -> int:
+        stop = scan(self, text, at)
+        reads["characters"] += stop - at
+        return stop
+
+    monkeypatch.setattr(JsonScanner, "scan", counting)
+    marker = FORMATS[name].markers[0] + ("[" if name in ("mistral", "granite") else "")
+    text = f'{marker}{{"a":[' * 1000 + end
+    rest, calls = read(reader(name), cut(text, list(range(0, len(text), 500))))
+    assert calls == [] and rest.startswith(marker) and reads["characters"] < 2 * (len(text) + MAX_WASTED)
+
+
+def test_white_space_that_may_stand_before_a_call_is_held_back_within_bounds() -> None:
+    tool_reader = reader("hermes")
+    shown = [len(joined(tool_reader.push(" "))[0]) for _ in range(100)]
+    assert sum(shown) == 100 - MAX_GAP
+    assert joined(tool_reader.push('<tool_call>{"name": "f"}'))[0] == ""
 
 
 json_values = st.recursive(
