@@ -274,7 +274,7 @@ class RestartConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     max_failures: int = 8  # in a row without progress, before it stays down; 0: none is started again
     max_delay_s: float = 30.0  # before the next one is started
-    hung: bool = True  # an instance that stays stalled is killed
+    hung: bool = True  # an instance that stays stalled is killed; a controller or frontend that says nothing is too
 
     def __post_init__(self) -> None:
         if self.max_failures < 0:

@@ -453,6 +453,12 @@ class Note(Message):
     text: str
 
 
+class ServiceBeat(Message):
+    """A controller or a frontend lives: once a second."""
+
+    process: str
+
+
 class Working(Message):
     """An instance has computed its first step for a request."""
 
@@ -555,6 +561,7 @@ AnyMessage = (
     | StartFailed
     | Note
     | Working
+    | ServiceBeat
     | DrainCluster
     | StartInstance
     | StopInstance

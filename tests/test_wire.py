@@ -80,6 +80,7 @@ EXAMPLES: list[m.AnyMessage] = [
     m.StartInstance(Role.PREFILL),
     m.StopInstance("p0.1"),
     m.Working("p0.1"),
+    m.ServiceBeat("controller"),
     m.DrainCluster(),
     m.LeaveSoon("l0"),
     m.RestartInstances(["p0.1"], "token"),

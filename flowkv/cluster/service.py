@@ -29,6 +29,7 @@ from flowkv.messages import (
     Register,
     RegistrationRefused,
     RestartInstance,
+    ServiceBeat,
     StartFailed,
     StopInstance,
     TurnedAway,
@@ -38,6 +39,7 @@ from flowkv.usage import UsageMeter
 from flowkv.wire import Mailbox, Outbox, SyncContext
 
 _BEAT_MS = 250
+_SERVICE_BEAT_S = 1.0
 
 _logger = logging.getLogger(__name__)
 
@@ -99,6 +101,7 @@ class _Service:
         self._turned_away: dict[str, tuple[int, int]] = {}
         self._name = spec.name
         self._usage = UsageMeter(spec.name)
+        self._beat_due_s = 0.0
         self._usages = Usages()
         self._poller = zmq.Poller()
         self._poller.register(mailbox.socket, zmq.POLLIN)
@@ -116,6 +119,9 @@ class _Service:
         self._controller.tick(time.monotonic())
         self._nodes.tick(time.monotonic())
         self._send_all()
+        if time.monotonic() >= self._beat_due_s:
+            self._beat_due_s = time.monotonic() + _SERVICE_BEAT_S
+            self._outbox.send(self._launcher_address, ServiceBeat(self._name))
 
     def close(self) -> None:
         """Joined nodes need not wait until they miss the controller."""

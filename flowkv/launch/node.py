@@ -22,7 +22,7 @@ from flowkv.engine.process import InstanceSpec
 from flowkv.launch.children import Children
 from flowkv.launch.display import Display
 from flowkv.launch.instances import Instances
-from flowkv.launch.services import Services
+from flowkv.launch.services import LOOK_S, Services
 from flowkv.launch.signals import StopRequested, StopSignals
 from flowkv.launch.timers import Timers
 from flowkv.messages import (
@@ -31,6 +31,7 @@ from flowkv.messages import (
     Progress,
     Ready,
     RestartInstance,
+    ServiceBeat,
     Serving,
     StartFailed,
     StartInstance,
@@ -125,7 +126,7 @@ class Node:
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Until something happens. FlowKVError if it ends this node."""
-        limits_s = (timeout_s, self.children.next_kill_s(), self._timers.next_s(time.monotonic()))
+        limits_s = (LOOK_S, timeout_s, self.children.next_kill_s(), self._timers.next_s(time.monotonic()))
         self.poller.poll(min((math.ceil(limit_s * 1000) for limit_s in limits_s if limit_s is not None), default=None))
         self.signals.heed()
         for message in self._mailbox.receive_all():
@@ -135,6 +136,8 @@ class Node:
                 self.instances.on_exit(child, how)
             else:
                 self.services.on_exit(child.name, child.is_ready, how)
+        for name in self.services.take_hung(time.monotonic()):
+            self.children.kill(name)
         self._timers.run_due(time.monotonic())
 
     def _handle(self, message: object) -> None:
@@ -147,6 +150,8 @@ class Node:
                 self._on_ready(message)
             case Serving():
                 self.is_serving = True
+            case ServiceBeat():
+                self.services.on_beat(message.process)
             case Working():
                 self.instances.on_working(message.process)
             case StartFailed() if self.services.on_start_failed(message):

@@ -12,6 +12,10 @@ from flowkv.launch.display import Display
 from flowkv.launch.timers import Timers
 from flowkv.messages import RESTART_MARK, StartFailed
 
+HANG_S = 10.0  # they beat every second
+LOOK_S = 1.0  # how often a launcher looks, at least
+_MAX_ELAPSED_S = 2.0  # what is longer between two looks was no silence: the launcher itself was stopped
+
 
 @dataclass(slots=True)
 class _Service:
@@ -24,6 +28,8 @@ class _Service:
     is_ready: bool = False
     is_retired: bool = False
     failure: str | None = None  # why it says that it cannot start
+    is_watched: bool = False  # it is killed if it hangs
+    silent_s: float | None = None  # since its last beat; None: before the first
 
     @property
     def present_name(self) -> str:
@@ -37,6 +43,7 @@ class Services:
         self._display = display
         self._timers = timers
         self._services: dict[str, _Service] = {}
+        self._looked_s: float | None = None
 
     def start(
         self,
@@ -48,7 +55,7 @@ class Services:
         """`start(present name, number of those before it)` starts the process, now and when it has ended; `on_exit` is
         told the name of each that has, before the next one is started."""
         backoff = Backoff(config.max_failures, config.max_delay_s)
-        service = self._services[name] = _Service(name, start, on_exit, backoff)
+        service = self._services[name] = _Service(name, start, on_exit, backoff, is_watched=config.hung)
         self._run(service)
 
     def retire(self, name: str) -> None:
@@ -67,6 +74,25 @@ class Services:
         if (service := self._find(process)) is not None:
             service.is_ready = True
             service.backoff.ready(now_s)
+
+    def on_beat(self, process: str) -> None:
+        if (service := self._find(process)) is not None:
+            service.silent_s = 0.0
+
+    def take_hung(self, now_s: float) -> list[str]:
+        """The processes that are ready and have said nothing for HANG_S, while this one was awake: to be killed."""
+        elapsed_s = 0.0 if self._looked_s is None else min(now_s - self._looked_s, _MAX_ELAPSED_S)
+        self._looked_s = now_s
+        return [service.present_name for service in self._services.values() if self._hangs(service, elapsed_s)]
+
+    def _hangs(self, service: _Service, elapsed_s: float) -> bool:
+        if not (service.is_watched and service.is_running and service.is_ready) or service.silent_s is None:
+            return False
+        service.silent_s += elapsed_s
+        if service.silent_s < HANG_S:
+            return False
+        service.silent_s, service.failure = 0.0, "said nothing for too long"
+        return True
 
     def on_start_failed(self, message: StartFailed) -> bool:
         """Whether it is one of these. ConfigError if it was the first of its kind, and was never ready."""
@@ -98,7 +124,7 @@ class Services:
     def _run(self, service: _Service) -> None:
         if service.is_retired:
             return
-        service.is_running, service.is_ready = True, False
+        service.is_running, service.is_ready, service.silent_s = True, False, None
         try:
             service.start(service.present_name, service.epoch)
         except NotStarted as error:

@@ -23,6 +23,7 @@ from flowkv.messages import (
     Message,
     Outputs,
     Rejected,
+    ServiceBeat,
 )
 from flowkv.metrics import FrontendMetrics
 from flowkv.server.access_log import log_ended
@@ -43,6 +44,9 @@ from flowkv.server.watch import ClusterWatch
 from flowkv.types import GRAMMAR_ENDED, FinishReason, Output, Request
 from flowkv.usage import UsageMeter
 from flowkv.wire import AsyncMailbox, Outbox
+
+_SILENCE_S = 5.0  # a controller speaks every second, at least
+_MAX_ELAPSED_S = 2.0  # what is longer between two beats was no silence: this process itself was stopped
 
 _logger = logging.getLogger(__name__)
 
@@ -74,6 +78,9 @@ class Frontend:
         self.history = History(clock())
         self.watch = ClusterWatch(clock())
         self._status_s = clock()
+        self._num_statuses = 0
+        self._silent_s = 0.0  # the controller, while this process was awake
+        self._beat_at_s = clock()
         self._name = name
         self._usage = UsageMeter(name)
         self._mailbox = mailbox
@@ -89,7 +96,8 @@ class Frontend:
 
     @property
     def is_ready(self) -> bool:
-        return self.status is not None and self.status.ready and not self._is_closed and self._drained_by_s is None
+        is_open = not self._is_closed and self._drained_by_s is None and self._silent_s < _SILENCE_S
+        return is_open and self.status is not None and self.status.ready
 
     @property
     def num_live(self) -> int:
@@ -117,6 +125,10 @@ class Frontend:
             )  # fmt: skip
         if self.status is None or self.status.model is None or not self.status.ready:
             raise RequestError("the cluster is not ready yet", status=503, code="not_ready")
+        if self._silent_s >= _SILENCE_S:
+            raise RequestError(
+                "the controller does not answer", status=503, code="not_ready", retry_after_s=_SILENCE_S
+            )  # fmt: skip
         return Limits.of(self.status.model, self.status.max_request_tokens, self._limits)
 
     def view(self) -> ClusterView:
@@ -201,14 +213,22 @@ class Frontend:
         """Says hello at every beat: a restarted controller learns of this frontend, and the status stays fresh."""
         while True:
             self._send(FrontendHello(self._name, self._mailbox.address))
+            self.tell_launcher(ServiceBeat(self._name))
             await asyncio.sleep(self._beat_s)
+            self._pass_time()
             for live in list(self._live.values()):
-                self._look_after(live)
+                if not live.timeline.is_over:  # with another of its stream
+                    self._look_after(live)
             self._give_up_waiting()
             if (turned_away := self._mailbox.take_turned_away(self._name)) is not None:
                 self._send(turned_away)
             if (usage := self._usage.take(self.now_s())) is not None:
                 self._send(usage)
+
+    def _pass_time(self) -> None:
+        now_s = self.now_s()
+        self._silent_s += min(now_s - self._beat_at_s, _MAX_ELAPSED_S)
+        self._beat_at_s = now_s
 
     def _give_up_waiting(self) -> None:
         """A client that has waited so long for a first token hears so, and nothing is computed for it any more."""
@@ -217,14 +237,19 @@ class Frontend:
         due_s = self.now_s() - timeout_s
         late = [live for live in self._live.values() if live.first_token_s is None and live.arrival_s <= due_s]
         for live in late:
+            if live.timeline.is_over:  # with another of its stream
+                continue
             reason = f"no token came within the {timeout_s:g} s that a request may wait here"
             self._fail(live, RequestError(reason, status=503, code="queue_timeout", retry_after_s=timeout_s))
 
     def _submit(self, live: LiveRequest) -> None:
+        live.num_statuses = self._num_statuses
         self._send(live.submit(self._name, self.status.controller if self.status is not None else ""))
 
     def _look_after(self, live: LiveRequest) -> None:
-        """At every beat: submit it again until it is answered; give an attempt up of which something was lost."""
+        """At every beat: submit it again until it is answered; give an attempt up of which something was lost.
+
+        Nothing is repeated to a controller that has not spoken since: it would find it all when it wakes."""
         now_s = self.now_s()
         if live.is_answered and live.recovery.is_broken(any(choice.has_gap for choice in live.choices), now_s):
             self._resume(live)
@@ -238,7 +263,8 @@ class Frontend:
         except RequestError as error:
             self._give_up(live, error)
         else:
-            self._submit(live)
+            if live.num_statuses != self._num_statuses:
+                self._submit(live)
 
     def _resume(self, live: LiveRequest, *, died: bool = False) -> None:
         """Go on elsewhere, after what has come so far: of this attempt nothing more is heard."""
@@ -307,6 +333,7 @@ class Frontend:
             model, max_tokens = self.status.model, self.status.max_request_tokens
             status = msgspec.structs.replace(status, model=model, max_request_tokens=max_tokens)
         self.status, self._status_s = status, self.now_s()
+        self._num_statuses, self._silent_s = self._num_statuses + 1, 0.0
         self.watch.observe(self._status_s, status)
         self.history.holds(self._status_s, self.watch.held())
         if is_new:

@@ -36,6 +36,7 @@ class LiveRequest:
     recovery: Recovery
     is_answered: bool = False  # accepted or rejected: not submitted again
     is_claim: bool = False  # the controller that had accepted it is gone
+    num_statuses: int = -1  # of the controller, when it was submitted last
     first_token_s: float | None = None
     last_token_s: dict[int, float] = field(default_factory=dict)
 

@@ -114,6 +114,26 @@ def test_an_instance_that_hangs_is_killed_and_another_takes_its_place() -> None:
         check_all_free(server)
 
 
+@pytest.mark.slow
+def test_a_controller_or_frontend_that_hangs_is_killed_and_another_takes_its_place() -> None:
+    with serving(*CHECKED) as server:
+        num_lines = len(server.lines)
+        os.kill(server.pid_of("controller"), signal.SIGSTOP)
+        eventually(lambda: server.client.get("/ready").status_code == 503, "its silence is noticed")
+        refused = server.client.post("/v1/completions", json={"prompt": [3], "max_tokens": 1})
+        assert refused.status_code == 503 and refused.headers["retry-after"]
+        server.wait_for_line(re.compile("the controller said nothing for too long; starting it again"), num_lines)
+        eventually(lambda: server.client.get("/ready").status_code == 200, "it is ready again")
+        check_answers(server, seed=9)
+        num_lines = len(server.lines)
+        os.kill(server.pid_of("frontend"), signal.SIGSTOP)
+        server.wait_for_line(re.compile("the frontend said nothing for too long; starting it again"), num_lines)
+        server.wait_for_line(re.compile("frontend~1: ready"), num_lines)
+        connect_anew(server)
+        check_answers(server, seed=10)
+        check_all_free(server)
+
+
 def test_streams_flow_on_while_the_controller_is_killed_and_started_again() -> None:
     with serving(*CHECKED, *SLOW_STEPS, "--decode", "2") as server:
         body = {"prompt": [3] * 40, "max_tokens": 300, "temperature": 0.0}

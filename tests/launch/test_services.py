@@ -116,3 +116,40 @@ def test_of_others_nothing_is_known() -> None:
     assert not rig.services.on_start_failed(StartFailed("prefill-0", "why"))
     with pytest.raises(FlowKVError, match="the stranger was killed"):
         rig.end("stranger")
+
+
+def hung_after(rig: Rig, beat_until_s: float, *looks_s: float) -> list[str]:
+    """Who is to be killed at one of these looks, having beaten once a second up to some time."""
+    rig.services.on_ready("frontend", 0.0)
+    rig.services.on_beat("frontend")
+    hung = []
+    for now_s in looks_s:
+        hung += rig.services.take_hung(now_s)
+        if now_s <= beat_until_s:
+            rig.services.on_beat("frontend")
+    return hung
+
+
+def test_one_that_says_nothing_for_long_hangs_which_is_a_failure_like_others() -> None:
+    rig = Rig()
+    assert hung_after(rig, 20.0, *range(30)) == []
+    assert rig.services.take_hung(30.0) == ["frontend"]
+    rig.end("frontend")
+    assert rig.notes == ["the frontend said nothing for too long; starting it again"]
+    rig.pass_time()
+    assert [rig.services.take_hung(now_s) for now_s in range(31, 60)] == [[]] * 29  # not ready yet
+
+
+def test_silence_counts_only_while_the_launcher_is_awake() -> None:
+    assert hung_after(Rig(), 3.0, 0.0, 1.0, 2.0, 3.0, 1000.0, 1001.0) == []
+
+
+def test_none_is_killed_that_never_beats_or_where_that_is_not_wanted() -> None:
+    rig = Rig()
+    rig.services.on_ready("frontend", 0.0)
+    assert [rig.services.take_hung(now_s) for now_s in range(60)] == [[]] * 60
+    rig = Rig()
+    rig.services.start("controller", RestartConfig(hung=False), rig.start)
+    rig.services.on_ready("controller", 0.0)
+    rig.services.on_beat("controller")
+    assert [rig.services.take_hung(now_s) for now_s in range(60)] == [[]] * 60

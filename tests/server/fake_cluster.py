@@ -88,6 +88,7 @@ class FakeCluster:
         self.answer: Answer = say("hello")
         self.status = status()
         self.received: list[AnyMessage] = []
+        self.is_stopped = False  # it answers nothing
         self.num_lost_submits = 0  # so many submissions are ignored
         self._context: SyncContext = zmq.Context()
         self._mailbox = Mailbox(self._context, f"ipc://{folder}/controller")
@@ -147,7 +148,9 @@ class FakeCluster:
 
     def _handle(self, message: AnyMessage) -> None:
         self.received.append(message)  # before its answer can be read
-        if isinstance(message, FrontendHello):
+        if self.is_stopped:
+            pass
+        elif isinstance(message, FrontendHello):
             self._frontend_address = message.address
             self._outbox.send(message.address, self.status)
         elif isinstance(message, Submit):

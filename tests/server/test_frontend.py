@@ -1,4 +1,5 @@
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ import zmq
 
 from flowkv.config import LimitsConfig
 from flowkv.errors import RequestError
-from flowkv.messages import Abort, FrontendHello, Lost, Rejected
+from flowkv.messages import Abort, FrontendHello, Lost, Message, Rejected, ServiceBeat
 from flowkv.server.byte_tokenizer import ByteTokenizer
 from flowkv.server.choice import Delta
 from flowkv.server.frontend import Frontend
@@ -29,13 +30,16 @@ def run(
     beat_s: float = 0.02,
     on_ready: Callable[[], None] = lambda: None,
     limits: LimitsConfig | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    told: list[Message] | None = None,
 ) -> None:
     context: SyncContext = zmq.Context()
 
     async def main(cluster: FakeCluster) -> None:
         mailbox, outbox = AsyncMailbox(context, f"ipc://{folder}/frontend"), Outbox(context)
         frontend = Frontend(
-            "f0", mailbox, outbox, cluster.address, ByteTokenizer(), beat_s=beat_s, on_ready=on_ready, limits=limits
+            "f0", mailbox, outbox, cluster.address, ByteTokenizer(), beat_s=beat_s, on_ready=on_ready, limits=limits,
+            clock=clock, tell_launcher=([] if told is None else told).append,
         )  # fmt: skip
         receiving = asyncio.create_task(frontend.run())
         async with asyncio.timeout(10):
@@ -310,3 +314,64 @@ def test_latencies_are_measured(tmp_path: Path) -> None:
         assert 'flowkv_instance_steps_total{instance="p0.1"} 3.0' in text
 
     run(scenario, tmp_path)
+
+
+def quick() -> float:
+    """A clock that needs no patience: a hundred seconds pass in one."""
+    return 100 * time.monotonic()
+
+
+def test_a_controller_that_stops_is_noticed_and_nothing_piles_up_before_it(tmp_path: Path) -> None:
+    async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
+        cluster.is_stopped = True
+        await more_hellos(cluster, 2)  # what it said before is here
+        frontend.submit([request()], TextOptions(), frontend.now_s())
+        await until(lambda: not frontend.is_ready)
+        with pytest.raises(RequestError, match="the controller does not answer") as raised:
+            frontend.limits()
+        assert (raised.value.status, raised.value.code) == (503, "not_ready") and raised.value.retry_after_s
+        num_submits = len(cluster.submits)
+        await more_hellos(cluster, 5)
+        assert len(cluster.submits) == num_submits
+        cluster.is_stopped = False
+        await wait_for(cluster, lambda: len(cluster.submits) > num_submits)
+        await until(lambda: frontend.is_ready)
+        frontend.limits()
+
+    run(scenario, tmp_path, clock=quick)
+
+
+def test_it_tells_its_launcher_that_it_lives(tmp_path: Path) -> None:
+    told: list[Message] = []
+
+    async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
+        await until(lambda: told.count(ServiceBeat("f0")) >= 3)
+
+    run(scenario, tmp_path, told=told)
+
+
+def test_a_batch_that_waits_too_long_is_told_so_once(tmp_path: Path) -> None:
+    async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
+        cluster.answer = lambda request: []
+        stream = frontend.submit([request("r0"), request("r1")], TextOptions(), frontend.now_s())
+        with pytest.raises(RequestError, match="no token came"):
+            await collect(stream)
+        await more_hellos(cluster, 2)
+        ended = [record.request_id for record in frontend.journal.recent]
+        assert sorted(ended) == ["r0", "r1"]
+
+    run(scenario, tmp_path, limits=LimitsConfig(queue_timeout_s=0.05))
+
+
+def test_a_batch_that_nobody_takes_again_ends_together(tmp_path: Path) -> None:
+    async def scenario(frontend: Frontend, cluster: FakeCluster) -> None:
+        cluster.answer = lambda request: []
+        stream = frontend.submit([request("r0"), request("r1")], TextOptions(), frontend.now_s())
+        await wait_for(cluster, lambda: len(cluster.submits) == 2)
+        cluster.num_lost_submits = 10**6
+        cluster.status = msgspec.structs.replace(cluster.status, controller="another")
+        with pytest.raises(RequestError, match="no other took it"):
+            await collect(stream)
+        await more_hellos(cluster, 2)  # it beats on
+
+    run(scenario, tmp_path, clock=quick)
