@@ -2,6 +2,9 @@
 
 uvicorn has no limit on headers, none on how slowly a request may come, and none on how slowly an answer may be read.
 Each connection notes what it waits for since when; once a second the server looks at all of them.
+
+A request that offers to go on in another protocol (`Connection: Upgrade`: curl --http2, Java's HttpClient) is answered
+as if it had not: the parser would take its body for the next request, so it gets the head once more, without the offer.
 """
 
 import asyncio
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
+import httptools
 from starlette.types import ASGIApp
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -25,6 +29,7 @@ from flowkv.server.response import error_body
 # is already on its way would be lost with it.
 _KEEP_ALIVE_S = 75
 _HEADER_OVERHEAD_BYTES = 4  # ": " and the end of the line
+_HOP_HEADERS = (b"connection", b"proxy-connection", b"upgrade", b"http2-settings")  # of the offer of another protocol
 _PHRASES = {400: "Bad Request", 431: "Request Header Fields Too Large"}
 
 OnRefused = Callable[[int, str, str], None]  # status, reason, address
@@ -111,6 +116,7 @@ class Connection(HttpToolsProtocol):
         self._num_header_bytes = 0  # parsed, of this request
         self._num_open_bytes = 0  # fed since the last of its headers was complete
         self._is_refused = False
+        self._is_replayed = False  # this head is one that came with an offer, without it
 
     # --- from the transport ----------------------------------------------------------------------------------------
 
@@ -119,7 +125,8 @@ class Connection(HttpToolsProtocol):
             return
         if self._patience.phase is Phase.NOTHING and self._is_idle:
             self._patience.wait_for(Phase.HEAD, time.monotonic())
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._feed(data)
         if self._patience.phase is Phase.HEAD:
             self._num_open_bytes += len(data)
             self._check_header_bytes(self._num_open_bytes)
@@ -149,18 +156,44 @@ class Connection(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        if not self._is_refused:
-            self._patience.wait_for(Phase.BODY, time.monotonic())
-            super().on_headers_complete()
+        if self._is_refused:
+            return
+        if self.parser.should_upgrade():
+            if self._is_replayed or self.parser.get_method() == b"CONNECT":
+                self._refuse(400, "bad_http", "this server is no proxy, and speaks one protocol")
+            return
+        self._is_replayed = False
+        self._patience.wait_for(Phase.BODY, time.monotonic())
+        super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         if not self._is_refused:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if not self._is_refused:
+        if not self._is_refused and not self.parser.should_upgrade():
             self._patience.wait_for(Phase.NOTHING, time.monotonic())
             super().on_message_complete()
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            while not self._is_refused:
+                try:
+                    return self.parser.feed_data(data)
+                except httptools.HttpParserUpgrade as offer:
+                    [num_read] = offer.args
+                    data = self._head_without_offer() + data[num_read:]
+                    self.parser = httptools.HttpRequestParser(self)  # the old one goes on believing in the offer
+                    self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's: is not answered
+                    self._is_replayed = True
+        except httptools.HttpParserError:
+            self.send_400_response("this is no HTTP request")
+
+    def _head_without_offer(self) -> bytes:
+        """Of the request whose head has been read. After the answer the connection ends: who knows what follows."""
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        lines += [b"%s: %s" % header for header in self.headers if header[0] not in _HOP_HEADERS]
+        return b"\r\n".join([*lines, b"connection: close", b"", b""])
 
     # --- refusing --------------------------------------------------------------------------------------------------
 
