@@ -8,7 +8,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,24 @@ from flowkv.logs import set_up_logging
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what asks the launcher to stop
 
+_SAFE_PATH = "PYTHONSAFEPATH"
 _AFTER_FINALIZER_S = 0.001
 _LAST_S = 10.0  # to end in order, after the launcher's end
+
+
+@contextmanager
+def without_cwd() -> Iterator[None]:
+    """What is started inside takes no code from the current directory, which may be a model's: a `python -c` or `-m`,
+    such as those of multiprocessing, would look there first. `PYTHONPATH` counts as ever."""
+    before = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_SAFE_PATH]
+        else:
+            os.environ[_SAFE_PATH] = before
 
 
 def child_main(

@@ -50,7 +50,9 @@ class Sandbox:
 
     def _start(self) -> _Worker:
         process = subprocess.Popen(
-            [sys.executable, "-m", "flowkv.grammar.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-P", "-m", "flowkv.grammar.worker"],  # no code of the current directory
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         assert process.stdin is not None and process.stdout is not None
         self._worker = worker = _Worker(process, process.stdin, process.stdout)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from typing import Any
 
 import zmq
 
-from flowkv.child import STOP_SIGNALS, child_main
+from flowkv.child import STOP_SIGNALS, child_main, without_cwd
 from flowkv.config import LoggingConfig
 from flowkv.errors import FlowKVError
 
@@ -72,7 +72,8 @@ class Children:
         # A signal to the whole group must not find a process that does not know yet what to do with it.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
-            process.start()
+            with without_cwd():
+                process.start()
             child = self._children[name] = Child(name, process, _pid_fd(process))
             self._poller.register(child.pid_fd, zmq.POLLIN)
         except (OSError, EOFError) as error:

@@ -9,6 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from flowkv.child import without_cwd
 from flowkv.config import ClusterConfig, with_overrides
 from flowkv.errors import SimulationError
 from flowkv.sim import report, run
@@ -66,7 +67,8 @@ def simulations(simulator: Simulator, num_processes: int, show: Show) -> Iterato
         num_processes, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(simulator,)
     )
     try:
-        yield lambda jobs, purpose: _side_by_side(executor, jobs, purpose, show)
+        with without_cwd():
+            yield lambda jobs, purpose: _side_by_side(executor, jobs, purpose, show)
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - others:

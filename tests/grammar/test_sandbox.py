@@ -61,6 +61,13 @@ def test_a_process_that_was_killed_meanwhile_is_replaced() -> None:
     sandbox.check(grammar("regex", "[0-9]+"))
 
 
+def test_no_code_of_the_current_directory_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "llguidance.py").write_text("import pathlib; pathlib.Path('was_run').touch()")
+    monkeypatch.chdir(tmp_path)
+    Sandbox(small_tokenizer(decoders.ByteLevel())).check(grammar("regex", "[0-9]+"))
+    assert not (tmp_path / "was_run").exists()
+
+
 def test_special_tokens_can_be_named() -> None:
     sandbox = Sandbox(small())
     sandbox.check(grammar("grammar", 'start: <|user|> "a"'))

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +29,19 @@ def ends_of(some: Children) -> list[str]:
     while not (gone := some.take_gone()):
         time.sleep(0.01)
     return [how for _, how in gone]
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_no_code_of_the_current_directory_is_run(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "multiprocessing.py").write_text("import pathlib; pathlib.Path('was_run').touch()")
+    monkeypatch.chdir(tmp_path)
+    some = Children(zmq.Poller())
+    some.stop_all()  # with the fork server of a test before this one
+    some.start("short", multiprocessing.get_context(method), time.sleep, 0)
+    assert ends_of(some) == ["exited with code 0"]
+    some.stop_all()
+    assert not (tmp_path / "was_run").exists()
+    assert "PYTHONSAFEPATH" not in os.environ
 
 
 def test_who_is_told_to_stop_ends_by_itself(started: tuple[Children, Child]) -> None:
