@@ -18,6 +18,7 @@ from flowkv.errors import ConfigError
 MIN_KEY_CHARACTERS = 32
 _PREFIX = "fk-"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+_HASH_MARK = "sha256:"
 _HASH = re.compile(r"[0-9a-f]{64}")
 _OPTIONS = ("concurrent", "requests_per_minute", "tokens_per_minute", "priority")
 _MAX_PRIORITY = 2**20
@@ -51,7 +52,7 @@ def digest_of(key: str) -> bytes:
 def key_line(name: str, key: str) -> str:
     """For a key file. ConfigError for a name that cannot be."""
     _check_name(name, "")
-    return f"{name}:{digest_of(key).hex()}"
+    return f"{name}:{_HASH_MARK}{digest_of(key).hex()}"
 
 
 def add_key(path: Path, name: str) -> str:
@@ -62,15 +63,18 @@ def add_key(path: Path, name: str) -> str:
     line = key_line(name, key)
     try:
         path.touch(mode=0o600)
-        text = path.read_text()
-        path.write_text(text + ("\n" if text and not text.endswith("\n") else "") + line + "\n")
+        text = path.read_bytes()
+        lead = "\n" if text and not text.endswith(b"\n") else ""
+        with path.open("ab", buffering=0) as file:  # one write: a server that reads meanwhile sees no half of it
+            file.write(f"{lead}{line}\n".encode())
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
     return key
 
 
 def read_file(path: Path) -> list[ApiKey]:
-    """`NAME:HASH [option=value ...]` a line, `#` begins a comment. ConfigError names the line that is broken."""
+    """`NAME:sha256:HASH [option=value ...]` a line, with or without `sha256:`; `#` begins a comment. ConfigError names
+    the line that is broken."""
     try:
         mode = path.stat().st_mode
         lines = path.read_text().splitlines()
@@ -88,7 +92,7 @@ def read_file(path: Path) -> list[ApiKey]:
 
 
 def read_variable(variable: str, text: str) -> list[ApiKey]:
-    """The same, separated by commas or new lines; a key itself may stand in place of its hash."""
+    """The same, separated by commas or new lines; what has no `sha256:` before it is the key itself."""
     entries = [entry for part in re.split(r"[,\n]", text) if (entry := part.strip())]
     keys = [_parse(entry, f"{variable}, entry {n}: ", may_be_plain=True) for n, entry in enumerate(entries, 1)]
     return _distinct(keys, f"{variable}: ")
@@ -103,7 +107,7 @@ class KeyRing:
         self._path = path
         self._state = self._look()
         self._check_due_s = float("-inf")
-        self._keys = self._fixed + (read_file(path) if path is not None else [])
+        self._keys = self._read()
         if not self._keys:
             raise ConfigError(f"{path} holds no key: make one with flowkv api-key NAME --file {path}")
 
@@ -131,11 +135,19 @@ class KeyRing:
             return
         self._state = state
         try:
-            self._keys = self._fixed + read_file(self._path)
+            if not self._path.read_bytes().strip():  # as while an editor writes it
+                raise ConfigError(f"{self._path} is empty (to revoke the last key, leave a comment)")
+            self._keys = self._read()
+        except OSError as error:
+            _logger.error("%s cannot be read: %s; the keys that were read before stay", self._path, error.strerror)
         except ConfigError as error:
             _logger.error("%s; the keys that were read before stay as they were", error)
         else:
             _logger.warning("%s has changed: %d keys", self._path, len(self._keys))
+
+    def _read(self) -> list[ApiKey]:
+        keys = self._fixed + (read_file(self._path) if self._path is not None else [])
+        return _distinct(keys, "the key file and the environment together: ")
 
     def _look(self) -> tuple[int, int, int] | None:
         """What changes when the file does; None while it is not there."""
@@ -152,12 +164,15 @@ def _parse(text: str, where: str, *, may_be_plain: bool) -> ApiKey:
     entry, *options = text.split()
     name, _, value = entry.partition(":")
     _check_name(name, where)
-    if not (is_hash := _HASH.fullmatch(value)) and not may_be_plain:
+    is_marked = value.startswith(_HASH_MARK)
+    digest = _HASH.fullmatch(value.removeprefix(_HASH_MARK))
+    if digest is None and (is_marked or not may_be_plain):
         raise ConfigError(f"{where}{name}: is not followed by a hash: make the line with flowkv api-key {name}")
-    if not is_hash and len(value) < MIN_KEY_CHARACTERS:
+    is_key = may_be_plain and not is_marked
+    if is_key and len(value) < MIN_KEY_CHARACTERS:
         raise ConfigError(f"{where}the key of {name} has fewer than {MIN_KEY_CHARACTERS} characters: flowkv api-key")
     limits, priority = _options(options, where)
-    return ApiKey(name, bytes.fromhex(value) if is_hash else digest_of(value), limits, priority)
+    return ApiKey(name, digest_of(value) if is_key or digest is None else bytes.fromhex(digest[0]), limits, priority)
 
 
 def _options(options: list[str], where: str) -> tuple[dict[str, int], int]:

@@ -39,6 +39,11 @@ class Bucket:
         self._level = float(per_minute)
         self._seen_s = -math.inf
 
+    def change(self, per_minute: int) -> None:
+        """What is left stays, and so does what is overdrawn."""
+        self.per_minute = per_minute
+        self._level = min(self._level, float(per_minute))
+
     def level(self, now_s: float) -> float:
         if now_s > self._seen_s:
             gained = (now_s - self._seen_s) * self.per_minute / _MINUTE_S
@@ -66,6 +71,12 @@ class Quota:
         self.num_inside = 0
         self.requests = Bucket(limits.requests_per_minute) if limits.requests_per_minute else None
         self.tokens = Bucket(limits.tokens_per_minute) if limits.tokens_per_minute else None
+
+    def change(self, limits: QuotaLimits) -> None:
+        """From now on; what is inside and what is used up stays."""
+        self.limits = limits
+        self.requests = _changed(self.requests, limits.requests_per_minute)
+        self.tokens = _changed(self.tokens, limits.tokens_per_minute)
 
     def refusal(self, now_s: float) -> Refusal | None:
         """Why nothing more may come in now; None if it may."""
@@ -112,6 +123,17 @@ class Quotas:
     def of(self, name: str, own: Mapping[str, int]) -> Quota:
         """`own`: where a key's limits differ from those of each key."""
         found = self._of.get(name)
-        if found is None or found[0] != own:
-            found = self._of[name] = (own, Quota(replace(self._each, **own)))
-        return found[1]
+        if found is not None and found[0] == own:
+            return found[1]
+        limits = replace(self._each, **own)
+        quota = Quota(limits) if found is None else found[1]
+        quota.change(limits)
+        self._of[name] = (own, quota)
+        return quota
+
+
+def _changed(bucket: Bucket | None, per_minute: int) -> Bucket | None:
+    if bucket is None or not per_minute:
+        return Bucket(per_minute) if per_minute else None
+    bucket.change(per_minute)
+    return bucket

@@ -50,6 +50,34 @@ def test_the_environment_takes_keys_and_hashes() -> None:
     assert KeyRing.of(None, NAMES, {NAMES: f"a:{plain}"}) is not None
 
 
+def test_in_the_environment_a_hash_says_that_it_is_one() -> None:
+    looks_like_a_hash = "0f" * 32
+    [key] = read_variable(NAMES, f"a:{looks_like_a_hash}")
+    assert key.digest == digest_of(looks_like_a_hash)
+    with pytest.raises(ConfigError, match="not followed by a hash"):
+        read_variable(NAMES, "a:sha256:0f")
+
+
+def test_names_are_distinct_over_file_and_environment(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    add_key(path, "a")
+    with pytest.raises(ConfigError, match="two keys are named a"):
+        KeyRing.of(str(path), NAMES, {NAMES: f"a:{new_key()}"})
+
+
+def test_a_key_is_appended_and_an_empty_file_revokes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"a:{'0' * 64}")
+    path.chmod(0o600)
+    key = add_key(path, "b")
+    assert path.read_text().startswith(f"a:{'0' * 64}\nb:sha256:") and path.read_text().count("\n") == 2
+    ring = KeyRing([], path)
+    path.write_text(" \n")
+    assert ring.find(key, 10.0) is not None and "is empty" in caplog.text
+    path.write_text("# nobody\n")
+    assert ring.find(key, 20.0) is None
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [

@@ -82,4 +82,9 @@ def test_each_key_has_its_own_and_keeps_it() -> None:
     one, other = quotas.of("one", {}), quotas.of("other", {"concurrent": 3})
     assert one is quotas.of("one", {})
     assert other.limits == QuotaLimits(concurrent=3, tokens_per_minute=60)
-    assert quotas.of("other", {}) is not other  # its line in the key file has changed
+    one.enter(0.0)
+    one.spend(90, 0.0)
+    assert quotas.of("one", {"tokens_per_minute": 600, "concurrent": 2}) is one  # its line in the key file has changed
+    assert one.num_inside == 1 and one.limits.concurrent == 2
+    assert one.tokens is not None and one.tokens.level(0.0) == -30.0
+    assert quotas.of("one", {"tokens_per_minute": 0}).tokens is None
