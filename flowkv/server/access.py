@@ -189,9 +189,17 @@ def check_origin(call: Call, allowed: tuple[str, ...]) -> None:
     origin = call.headers.get("origin")
     if origin is None or origin in allowed or "*" in allowed:
         return
-    if urlsplit(origin).netloc.lower() != call.headers.get("host", "").lower():
+    if _netloc(origin) != call.headers.get("host", "").lower():
         reason = f"a web page of {origin[:100]!r} may not call this server: add it to server.cors_origins if it may"
         raise RequestError(reason, status=403, code="forbidden_origin")
+
+
+def _netloc(origin: str) -> str | None:
+    """None where it is no URL."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 def host_name(host: str) -> str:

@@ -30,6 +30,8 @@ from flowkv.server.text_service import TextService
 from flowkv.server.tokens_api import TokensApi
 from flowkv.server.trace_context import TraceContext
 
+_HTTP_ERRORS = {404: "not_found", 405: "method_not_allowed"}  # as they are counted
+
 _logger = logging.getLogger(__name__)
 
 
@@ -83,6 +85,7 @@ class ErrorAnswers:
 
     async def on_http_error(self, request: Request, error: HTTPException) -> Response:
         reason = f"{request.method} {request.url.path}: {error.detail}"
+        self._count_refused(error.status_code, _HTTP_ERRORS.get(error.status_code, "invalid_request"))
         body = error_body(RequestError(reason, status=error.status_code))
         return Response(body, error.status_code, error.headers, "application/json")
 
@@ -90,5 +93,6 @@ class ErrorAnswers:
         return Response(status_code=499)  # nobody reads it
 
     async def on_bug(self, request: Request, error: Exception) -> Response:
+        self._count_refused(500, "internal_error")
         body = error_body(RequestError("internal error", status=500, code="internal_error"))
         return Response(body, 500, media_type="application/json")

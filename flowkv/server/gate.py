@@ -47,6 +47,10 @@ class Gate:
             self._note(scope, call, error)
             await _refusal(error)(scope, receive, send)
             return
+        except Exception as bug:
+            self._refusals.note_bug(call.path, bug)
+            await _refusal(RequestError("internal error", status=500, code="internal_error"))(scope, receive, send)
+            return
         await self._let_in(Caller(key, asked), scope, receive, send, now_s)
 
     def _asked(self, call: Call, key: ApiKey) -> tuple[Quota, ...]:

@@ -15,6 +15,12 @@ class Refusals:
         self._count = count
         self._throttle = Throttle()
 
+    def note_bug(self, path: str, bug: Exception) -> None:
+        """Of ours, while it was decided who may come in; nobody has."""
+        self._count(500, "internal_error")
+        if (more := self._throttle.note("internal_error", time.monotonic())) is not None:
+            _logger.error("a bug has turned somebody away from %s%s", f"{path!a:.100}", more, exc_info=bug)
+
     def note(self, status: int, reason: str, address: str, what: str = "") -> None:
         """`reason` is a code of ours. `what` may quote what a client has sent, escaped."""
         self._count(status, reason)

@@ -24,8 +24,10 @@ SHUTDOWN_S = 5  # for clients to take the ends of their streams
 _TICKS_PER_LOOK = 10  # of a tenth of a second
 _SEND_BUFFER_BYTES = 256 << 10  # of a connection, in the kernel: what a client leaves unread must not grow there
 _BACKLOG = 1024
-_CORS_HEADERS = ("Authorization", "Content-Type", "X-Request-Id")
-_CORS_EXPOSED = ("X-Request-Id", "Retry-After", "X-RateLimit-Remaining-Requests", "X-RateLimit-Remaining-Tokens")
+_CORS_HEADERS = ("*",)  # clients add their own: openai-node sends x-stainless-...
+_CORS_EXPOSED = (
+    "X-Request-Id", "Server-Timing", "Retry-After", "X-RateLimit-Remaining-Requests", "X-RateLimit-Remaining-Tokens"
+)  # fmt: skip
 
 
 class Site:

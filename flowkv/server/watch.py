@@ -97,9 +97,9 @@ class ClusterWatch:
         )  # fmt: skip
 
 
-def _by_number(name: str) -> list[str | int]:
+def _by_number(name: str) -> list[tuple[int, str]]:
     """decode-2 comes before decode-10, and one that was restarted stays in its place."""
-    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))]
+    return [(len(part), part) if place % 2 else (0, part) for place, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def _links(before: InstanceStatus, after: InstanceStatus, elapsed_s: float, places: dict[str, int]) -> list[LinkRow]:

@@ -51,7 +51,7 @@ def test_without_keys_everything_is_open_to_this_machine_alone() -> None:
 
 def test_web_pages_of_others_may_not_call_a_local_server() -> None:
     main, _ = doors({}, cors_origins=["https://chat.example"], allowed_hosts=["flowkv.example"])
-    for origin in ("http://evil.example", "null", "http://127.0.0.1:9000", "https://chat.example.evil"):
+    for origin in ("http://evil.example", "null", "http://[", "http://127.0.0.1:9000", "https://chat.example.evil"):
         for path in (MODELS, PAGE, ACTION):
             assert code(main, path, "POST", origin=origin) == "forbidden_origin"
     assert code(main, MODELS, "POST", origin="http://127.0.0.1:8000") == "anybody"

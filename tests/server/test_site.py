@@ -25,13 +25,14 @@ from starlette.routing import Route
 from flowkv.config import LimitsConfig, ServerConfig
 from flowkv.errors import ConfigError
 from flowkv.metrics import FrontendMetrics
+from flowkv.server.access import Access
 from flowkv.server.caller import current_caller
 from flowkv.server.keys import add_key, digest_of, new_key
 from flowkv.server.site import Site
 
 TLS = Path(__file__).parent / "tls"
 ALICE, BOB, OPERATOR = new_key(), new_key(), new_key()
-KEYS = {"FLOWKV_API_KEYS": f"alice:{ALICE},bob:{digest_of(BOB).hex()} concurrent=1"}
+KEYS = {"FLOWKV_API_KEYS": f"alice:{ALICE},bob:sha256:{digest_of(BOB).hex()} concurrent=1"}
 LOTS = 64 << 20  # more than the kernel takes for a client that does not read
 
 
@@ -87,8 +88,12 @@ def application(running: Running) -> Starlette:
 
         return StreamingResponse(pieces())
 
+    async def echo(request: Request) -> Response:
+        return Response(await request.body())
+
     every = ["GET", "POST"]
     routes = [
+        Route("/v1/echo", echo, methods=every),
         Route("/v1/hold", hold, methods=every),
         Route("/v1/flood", flood),
         Route("/{path:path}", who, methods=every),
@@ -161,6 +166,18 @@ def test_keys_over_http(caplog: pytest.LogCaptureFixture) -> None:
     assert not any(ALICE in line or BOB in line for line in lines)
 
 
+def test_a_bug_of_the_gate_is_a_500_in_json_and_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Access, "admit", lambda *_: 1 // 0)
+    with running_site() as running:
+        for _ in range(2):
+            answer = running.client().get("/v1/models")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+        assert running.rejections() == {"internal_error": 2}
+    assert len([record for record in caplog.records if record.exc_info]) == 1
+
+
 def test_operators_have_a_port_of_their_own() -> None:
     with running_site({"admin_port": 0}, environ=KEYS | {"FLOWKV_ADMIN_KEY": OPERATOR}) as running:
         assert running.client(OPERATOR).get("/metrics").status_code == 403
@@ -191,11 +208,15 @@ def test_cors_is_off_and_can_be_opened_for_one_origin() -> None:
         assert client.post("/v1/completions", headers={"origin": "https://chat.example"}).status_code == 403
     with running_site({"cors_origins": ["https://chat.example"]}, environ=KEYS) as running:
         client = running.client()
-        allowed = client.options("/v1/completions", headers=asks | {"access-control-request-headers": "authorization"})
+        allowed = client.options(
+            "/v1/completions", headers=asks | {"access-control-request-headers": "authorization, x-stainless-os"}
+        )
+        assert allowed.status_code == 200
         assert allowed.headers["access-control-allow-origin"] == "https://chat.example"
         assert client.options("/v1/completions", headers=asks | {"origin": "https://evil"}).status_code == 400
         answer = running.client(ALICE).post("/v1/x", headers={"origin": "https://chat.example"})
         assert answer.headers["access-control-allow-origin"] == "https://chat.example"
+        assert "Server-Timing" in answer.headers["access-control-expose-headers"]
 
 
 # --- limits --------------------------------------------------------------------------------------------------------
@@ -278,6 +299,49 @@ def test_what_is_no_http_is_a_400() -> None:
             answer = read_all(client)
         assert answer.startswith(b"HTTP/1.1 400") and b'"code":"bad_http"' in answer
         assert running.rejections() == {"bad_http": 1}
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+@pytest.mark.parametrize(
+    "offer",
+    [
+        b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n",
+        b"connection: upgrade\r\nupgrade: websocket\r\n",
+        b"Proxy-Connection: upgrade\r\nUpgrade: x\r\n",
+    ],
+)
+@pytest.mark.parametrize("cut", [0, 1, None])  # of the body, what comes with the head
+def test_the_body_of_a_request_that_offers_another_protocol_is_no_request(
+    offer: bytes, framing: str, cut: int | None
+) -> None:
+    smuggled = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    length, body = b"Content-Length: %d" % len(smuggled), smuggled
+    if framing == "chunked":
+        length, body = b"Transfer-Encoding: chunked", b"%x\r\n%s\r\n0\r\n\r\n" % (len(smuggled), smuggled)
+    with running_site() as running, socket.create_connection(running.address) as client:
+        client.settimeout(20)
+        client.sendall(b"POST /v1/echo HTTP/1.1\r\nHost: localhost\r\n" + offer + length + b"\r\n\r\n" + body[:cut])
+        if cut is not None:
+            client.sendall(body[cut:])
+        answer = read_all(client)
+        assert answer.count(b"HTTP/1.1 ") == 1 and answer.startswith(b"HTTP/1.1 200")
+        assert answer.endswith(b"\r\n\r\n" + smuggled) and b"connection: close" in answer
+        assert running.rejections() == {}
+
+
+def test_an_offer_of_another_protocol_is_not_taken_and_nobody_tunnels(caplog: pytest.LogCaptureFixture) -> None:
+    with running_site() as running:
+        for sent, status in (
+            (b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n", b"200"),
+            (b"CONNECT evil:80 HTTP/1.1\r\nHost: localhost\r\n\r\n", b"400"),
+        ):
+            with socket.create_connection(running.address) as client:
+                client.settimeout(20)
+                client.sendall(sent)
+                answer = read_all(client)
+            assert answer.startswith(b"HTTP/1.1 " + status) and answer.count(b"HTTP/1.1 ") == 1
+        assert running.rejections() == {"bad_http": 1}
+    assert not [record for record in caplog.records if record.name.startswith("uvicorn")]
 
 
 @pytest.mark.parametrize(

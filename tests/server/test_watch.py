@@ -17,6 +17,13 @@ def test_rates_are_over_the_last_seconds() -> None:
     assert row.step_s is not None and abs(row.step_s - 0.1) < 1e-9
 
 
+def test_instances_are_in_the_order_of_their_numbers_however_long() -> None:
+    watch = ClusterWatch(0.0)
+    names = ["d2", "d10", "d10~1", "d" + "9" * 5000]
+    watch.observe(0.0, cluster(*(instance(name) for name in reversed(names))))
+    assert [row.name for row in watch.rows()] == names
+
+
 def test_a_newcomer_has_no_rates() -> None:
     watch = ClusterWatch(0.0)
     watch.observe(0.0, cluster())
