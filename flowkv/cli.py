@@ -213,8 +213,9 @@ def _add_api_key(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     api_key = commands.add_parser(
         "api-key",
         help="make a key for a client of the server, or for its operators",
-        description="Print a new random key, once: the server keeps only its hash. With --file the line NAME:sha256:HASH is "
-        "added there, without it that line is printed too. A running server notices when its file changes.",
+        description="Print a new random key, once: the server keeps only its hash. With --file the line "
+        "NAME:sha256:HASH is added there, without it that line is printed too. A running server notices when its "
+        "file changes.",
     )
     api_key.set_defaults(command=_api_key)
     api_key.add_argument("name", metavar="NAME", help="whose it is; limits, logs and metrics go by it")
