@@ -444,3 +444,10 @@ def test_metrics(served: Served) -> None:
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     names = {family.name for family in text_string_to_metric_families(response.text)}
     assert {"flowkv_ttft_seconds", "flowkv_itl_seconds", "flowkv_instance_blocks_used"} <= names
+
+
+def test_paths_and_methods_that_are_not_there_are_counted(served: Served) -> None:
+    assert served.client.get("/nothing").status_code == 404
+    assert served.client.put("/v1/completions").status_code == 405
+    shown = served.client.get("/metrics").text
+    assert 'reason="not_found"' in shown and 'reason="method_not_allowed"' in shown
