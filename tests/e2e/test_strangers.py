@@ -1,5 +1,6 @@
 """A cluster that listens on the network, and strangers at every port of it."""
 
+import contextlib
 import os
 import re
 import socket
@@ -46,7 +47,8 @@ def knock(port: int, *, key: str | None) -> None:
         ClusterKey.derive(key).identify(stranger)
     stranger.connect(f"tcp://127.0.0.1:{port}")
     for message in (m.Drain(), m.InstanceExited("prefill-0", "forged"), m.Abort("r0")):
-        stranger.send(encode(message))
+        with contextlib.suppress(zmq.Again):  # refused already: there is nobody to send to, and never will be
+            stranger.send(encode(message), zmq.NOBLOCK)
     stranger.poll(50)
     stranger.close(linger=200)
     context.term()
