@@ -65,7 +65,11 @@ def test_recall_is_the_same_through_prefill_and_decode_and_through_one_instance(
     assert handed_over == aggregated
     num_right = sum(answer == task.answer for answer, task in zip(handed_over, tasks(), strict=True))
     assert num_right >= 0.95 * NUM_TASKS
-    eventually(lambda: pair.gauge("flowkv_instance_transfers_total")["prefill-0"] >= NUM_TASKS, "all were handed over")
+    # One that its peer has answered while that seemed silent, on a machine too busy for either, is not counted.
+    eventually(
+        lambda: pair.gauge("flowkv_instance_transfers_total")["prefill-0"] >= 0.9 * NUM_TASKS, "they were handed over"
+    )
+    assert pair.gauge("flowkv_instance_local_fallbacks_total")["prefill-0"] == 0
 
 
 def test_greedy_text_is_that_of_generate(pair: Server, mixed: Server) -> None:
