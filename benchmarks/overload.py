@@ -22,7 +22,7 @@ from rich.console import Console
 from benchmarks import BenchmarkError
 from benchmarks.client import Answer, Client, run_of
 from benchmarks.open_loop import Shape, arrive, bodies, capacity, poisson_s
-from benchmarks.report import ROOT, print_table, summarize, write_report
+from benchmarks.report import ROOT, print_table, summarize, write_results
 from benchmarks.spawn import ServerProcess, exit_on_sigterm
 from flowkv.sim.figures import Slo, figures
 
@@ -149,9 +149,7 @@ def main() -> None:
     except BenchmarkError as error:
         sys.exit(f"benchmarks.overload: {error}")
     show(console, result)
-    options = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(args).items()}
-    write_report(args.output, {"options": options, **result})
-    console.print(f"wrote {args.output}", highlight=False, soft_wrap=True)
+    write_results(console, args, result)
 
 
 if __name__ == "__main__":

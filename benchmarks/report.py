@@ -1,5 +1,6 @@
 """What every benchmark shares: the machine it ran on, percentiles, one JSON file, one table."""
 
+import argparse
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
+from rich.console import Console
 
 from flowkv.sim.figures import percentile, summarize
 from flowkv.sim.files import replaced
@@ -64,6 +66,13 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def write_results(console: Console, arguments: argparse.Namespace, results: Mapping[str, object]) -> None:
+    """`results` with the options that they were taken with, to `arguments.output`; says so."""
+    options = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(arguments).items()}
+    write_report(arguments.output, {"options": options, **results})
+    console.print(f"wrote {arguments.output}", highlight=False, soft_wrap=True)
 
 
 def write_report(path: Path, results: Mapping[str, object]) -> None:

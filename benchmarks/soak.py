@@ -29,7 +29,7 @@ from rich.console import Console
 from benchmarks import BenchmarkError
 from benchmarks.client import Client
 from benchmarks.open_loop import TOY_VOCAB, Shape, capacity
-from benchmarks.report import ROOT, print_table, write_report
+from benchmarks.report import ROOT, print_table, write_results
 from benchmarks.spawn import ServerProcess, exit_on_sigterm
 
 SERVE = (
@@ -115,9 +115,6 @@ class Sample:
     at_s: float
     rss_bytes: int
     num_files: int
-
-
-Samples = Mapping[str, list[Sample]]
 
 
 async def watch(pid: int, interval_s: float, samples: dict[str, list[Sample]]) -> None:
@@ -218,9 +215,7 @@ def main() -> None:
     except BenchmarkError as error:
         sys.exit(f"benchmarks.soak: {error}")
     show(console, result)
-    options = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(args).items()}
-    write_report(args.output, {"options": options, **result})
-    console.print(f"wrote {args.output}", highlight=False, soft_wrap=True)
+    write_results(console, args, result)
 
 
 if __name__ == "__main__":

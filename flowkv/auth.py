@@ -75,16 +75,20 @@ def read_key(path: Path | None, environ: Mapping[str, str]) -> ClusterKey | None
     return ClusterKey.derive(text) if text else None
 
 
-def _read_private(path: Path) -> str:
+def read_key_file(path: Path, kind: str) -> tuple[str, int]:
+    """Its text, and its mode. ConfigError, naming the `kind` of file, where it cannot be read."""
     try:
-        mode = path.stat().st_mode
-        text = path.read_text().strip()
+        return path.read_text(), path.stat().st_mode
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise ConfigError(f"the cluster key file {path} cannot be read: {reason}") from None
+        raise ConfigError(f"the {kind} {path} cannot be read: {reason}") from None
+
+
+def _read_private(path: Path) -> str:
+    text, mode = read_key_file(path, "cluster key file")
     if mode & 0o077:
         raise ConfigError(f"the cluster key file {path} is open to other users: chmod 600 {path}")
-    return text
+    return text.strip()
 
 
 class Doorkeeper:

@@ -100,8 +100,7 @@ class Requests:
     def _place_new(self, message: Submit, address: str, now_s: float) -> None:
         """Find a place for what is not running anywhere. What was accepted before is not refused for want of one."""
         request, is_new = message.request, message.resumes is None
-        ask = self._fleet.ask(request, message.output_ids)
-        placement = self._fleet.place(ask, request, is_begun=bool(message.output_ids))
+        ask, placement = self._plan(message)
         if placement is None:
             if is_new or any(view.is_available for view in self._views.values()):
                 self._send(address, self._why_nowhere(request))
@@ -113,6 +112,11 @@ class Requests:
             return
         self._send(address, Accepted(request.request_id))
         self._dispatch(message, ask, placement, now_s)
+
+    def _plan(self, message: Submit) -> tuple[Ask, Placement | None]:
+        """What it asks for, and the best place for it; None if no instance that takes requests can hold it."""
+        ask = self._fleet.ask(message.request, message.output_ids)
+        return ask, self._fleet.place(ask, message.request, is_begun=bool(message.output_ids))
 
     def _refusal(self, request: Request, ask: Ask, placement: Placement, now_s: float) -> Rejected | None:
         self._fleet.come(ask, now_s)
@@ -283,8 +287,7 @@ class Requests:
             return
         self._fleet.forget(request_id, assignment.instances[0], assignment.home)
         message = Submit(assignment.frontend, assignment.request, assignment.output_ids)
-        ask = self._fleet.ask(message.request, message.output_ids)
-        placement = self._fleet.place(ask, message.request, is_begun=bool(message.output_ids))
+        ask, placement = self._plan(message)
         if placement is None:
             self._lose(request_id)
         else:

@@ -96,8 +96,7 @@ class Frontend:
 
     @property
     def is_ready(self) -> bool:
-        is_open = not self._is_closed and self._drained_by_s is None and self._silent_s < _SILENCE_S
-        return is_open and self.status is not None and self.status.ready
+        return self._why_closed() is None and self.status is not None and self.status.ready
 
     @property
     def num_live(self) -> int:
@@ -116,20 +115,26 @@ class Frontend:
 
     def limits(self) -> Limits:
         """Raises `RequestError` (503) while the cluster cannot take requests."""
+        if (error := self._why_closed()) is not None:
+            raise error
+        if self.status is None or self.status.model is None or not self.status.ready:
+            raise RequestError("the cluster is not ready yet", status=503, code="not_ready")
+        return Limits.of(self.status.model, self.status.max_request_tokens, self._limits)
+
+    def _why_closed(self) -> RequestError | None:
+        """Whatever the controller said last of its cluster."""
         if self._is_closed:
-            raise RequestError("the server is shutting down", status=503, code="shutting_down")
+            return RequestError("the server is shutting down", status=503, code="shutting_down")
         if self._drained_by_s is not None:
-            raise RequestError(
+            return RequestError(
                 "the server is draining and takes no new requests", status=503, code="shutting_down",
                 retry_after_s=max(0.0, self._drained_by_s - self.now_s()),
             )  # fmt: skip
-        if self.status is None or self.status.model is None or not self.status.ready:
-            raise RequestError("the cluster is not ready yet", status=503, code="not_ready")
-        if self._silent_s >= _SILENCE_S:
-            raise RequestError(
+        if self.status is not None and self._silent_s >= _SILENCE_S:
+            return RequestError(
                 "the controller does not answer", status=503, code="not_ready", retry_after_s=_SILENCE_S
             )  # fmt: skip
-        return Limits.of(self.status.model, self.status.max_request_tokens, self._limits)
+        return None
 
     def view(self) -> ClusterView:
         """What is known of the cluster: nothing yet, before the controller has spoken."""

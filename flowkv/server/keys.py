@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flowkv.auth import read_key_file
 from flowkv.errors import ConfigError
 
 MIN_KEY_CHARACTERS = 32
@@ -75,17 +76,12 @@ def add_key(path: Path, name: str) -> str:
 def read_file(path: Path) -> list[ApiKey]:
     """`NAME:sha256:HASH [option=value ...]` a line, with or without `sha256:`; `#` begins a comment. ConfigError names
     the line that is broken."""
-    try:
-        mode = path.stat().st_mode
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise ConfigError(f"the key file {path} cannot be read: {reason}") from None
+    content, mode = read_key_file(path, "key file")
     if mode & 0o022:
         raise ConfigError(f"others may write to the key file {path}: chmod 600 {path}")
     keys = [
         _parse(text, f"{path}, line {number}: ", may_be_plain=False)
-        for number, line in enumerate(lines, 1)
+        for number, line in enumerate(content.splitlines(), 1)
         if (text := line.partition("#")[0].strip())
     ]
     return _distinct(keys, f"{path}: ")
