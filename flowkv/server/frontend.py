@@ -295,6 +295,8 @@ class Frontend:
         self._fail(live, error)
 
     def _count_failed(self, live: LiveRequest) -> None:
+        """What was accepted has come to nothing, wherever that is counted."""
+        self.history.ended(self.now_s(), failed=True)
         for choice in live.choices:
             if choice.finish_reason is None:
                 self.metrics.count_finished(FinishReason.ERROR)
@@ -363,7 +365,6 @@ class Frontend:
         )  # fmt: skip
         if live.recovery.num_attempts:  # accepted, and lost since
             self._count_failed(live)
-            self.history.ended(self.now_s(), failed=True)
         self._fail(live, error)
 
     def _fail(self, live: LiveRequest, error: RequestError) -> None:
