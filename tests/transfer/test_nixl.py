@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 
 import msgspec
@@ -89,9 +90,17 @@ class Peer:
         assert self.process.stdout is not None
         return self.process.stdout.readline()
 
+    def stop(self) -> None:
+        """Until `wake`. (A signal is only on its way when it has been sent.)"""
+        os.kill(self.process.pid, signal.SIGSTOP)
+        os.waitpid(self.process.pid, os.WUNTRACED)
+
+    def wake(self) -> None:
+        os.kill(self.process.pid, signal.SIGCONT)
+
     def kill(self) -> None:
         with self.process:
-            self.process.kill()
+            self.process.kill()  # one that has ended is left alone
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +123,21 @@ def linked_sides(block_bytes: int) -> Iterator[tuple[Side, Side]]:
     d.transfer.close()
     for side in (p, d):
         side.pool.close()  # nothing of a closed transfer holds on to it
+
+
+@contextmanager
+def running_peer() -> Iterator[Peer]:
+    peer = Peer(LARGE_BLOCK_BYTES)
+    try:
+        yield peer
+    finally:
+        peer.kill()
+
+
+@pytest.fixture
+def large_peer() -> Iterator[Peer]:
+    with running_peer() as peer:
+        yield peer
 
 
 @pytest.fixture
@@ -279,8 +303,10 @@ def test_a_peer_that_nixl_refuses_is_no_other_peers_business(alone: Side, caplog
     d.transfer.close()
 
 
-def test_a_killed_peer_fails_what_was_under_way_and_can_come_back(caplog: pytest.LogCaptureFixture) -> None:
-    p, d = Side("p", LARGE_BLOCK_BYTES), Peer(LARGE_BLOCK_BYTES)
+def test_a_killed_peer_fails_what_was_under_way_and_can_come_back(
+    large_peer: Peer, caplog: pytest.LogCaptureFixture
+) -> None:
+    p, d = Side("p", LARGE_BLOCK_BYTES), large_peer
     other = Side("d", LARGE_BLOCK_BYTES)  # of the same name, as where one comes back before its death is known
     p.reach("d", d.descriptor)
     p.reach("other", other.transfer.descriptor)
@@ -303,29 +329,28 @@ def test_a_killed_peer_fails_what_was_under_way_and_can_come_back(caplog: pytest
     written = p.wait(num_written=2)[0]
     assert sorted((w.ticket, w.num_bytes) for w in written) == [(2, 0), (3, 0)]
     assert all("writing to d failed" in (w.error or "") for w in written)
-    d = Peer(LARGE_BLOCK_BYTES)
-    p.reach("d", d.descriptor)
-    p.transfer.submit(5, "d", [Run(0, 0, 1)], immediate=4)
-    assert d.read_line() == "4 1\n"
-    d.kill()
+    with running_peer() as d:
+        p.reach("d", d.descriptor)
+        p.transfer.submit(5, "d", [Run(0, 0, 1)], immediate=4)
+        assert d.read_line() == "4 1\n"
     for side in (p, other):
         side.transfer.close()
 
 
-def test_a_stopped_peer_holds_up_its_own_transfers_only() -> None:
-    p, d, other = Side("p", LARGE_BLOCK_BYTES), Peer(LARGE_BLOCK_BYTES), Side("other", LARGE_BLOCK_BYTES)
+def test_a_stopped_peer_holds_up_its_own_transfers_only(large_peer: Peer) -> None:
+    p, d, other = Side("p", LARGE_BLOCK_BYTES), large_peer, Side("other", LARGE_BLOCK_BYTES)
     p.reach("d", d.descriptor)
     p.reach("other", other.transfer.descriptor)
-    os.kill(d.process.pid, signal.SIGSTOP)
+    d.stop()
     p.transfer.submit(1, "d", [Run(0, 0, 8)], immediate=1)
     other.transfer.expect(2)
     p.transfer.submit(2, "other", [Run(0, 0, 8)], immediate=2)
     other.wait(num_arrived_blocks=8)
     assert [w.ticket for w in p.wait(num_written=1)[0]] == [2]
-    os.kill(d.process.pid, signal.SIGCONT)
+    d.wake()
     assert [(w.ticket, w.num_bytes) for w in p.wait(num_written=1)[0]] == [(1, 8 * LARGE_BLOCK_BYTES)]
 
-    os.kill(d.process.pid, signal.SIGSTOP)
+    d.stop()
     p.transfer.submit(3, "d", [Run(0, 0, 8)], immediate=3)
     p.transfer.disconnect("d")
     [written] = p.wait(num_written=1)[0]  # one rail may have come through before
@@ -333,7 +358,6 @@ def test_a_stopped_peer_holds_up_its_own_transfers_only() -> None:
     assert written.num_bytes < 8 * LARGE_BLOCK_BYTES
     for side in (p, other):
         side.transfer.close()
-    d.kill()
 
 
 def test_a_toy_instance_that_uses_nixl_loads_no_torch() -> None:
