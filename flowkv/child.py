@@ -16,8 +16,7 @@ from typing import Any
 
 from flowkv.config import LoggingConfig
 from flowkv.logs import set_up_logging
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what asks the launcher to stop
+from flowkv.signals import END_SIGNAL, STOP_SIGNALS
 
 _SAFE_PATH = "PYTHONSAFEPATH"
 _AFTER_FINALIZER_S = 0.001
@@ -51,13 +50,14 @@ def child_main(
     A result other than 0 or None says that `target` could not start and has sent `StartFailed`. The process then waits
     to be stopped, or its end could be seen before its reason is read.
 
-    Ctrl-C and a closed terminal reach the whole process group; only the launcher heeds them, and sends SIGTERM.
+    What asks for a stop reaches the whole process group; only the launcher heeds it, and sends END_SIGNAL.
     `orphaned_folders` are removed at the end if the launcher is dead by then; who has none ends at once.
     """
-    _exit_on_sigterm()
-    for number in set(STOP_SIGNALS) - {signal.SIGTERM}:  # which is never ignored: it may be here already
+    _exit_when_told()
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the launcher had blocked them for this moment
+    # The launcher had blocked them for this moment.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*STOP_SIGNALS, END_SIGNAL})
     Path("/proc/self/comm").write_text(name)  # the kernel keeps 15 characters of it
     _die_with_launcher(is_at_once=not orphaned_folders)
     set_up_logging(logging or LoggingConfig(), name)
@@ -72,7 +72,7 @@ def child_main(
         signal.pause()
 
 
-def _exit_on_sigterm() -> None:
+def _exit_when_told() -> None:
     """SystemExit, once; and once more for each that was raised in a finalizer, where nobody would hear of it."""
     exits = [1]
 
@@ -88,7 +88,7 @@ def _exit_on_sigterm() -> None:
         exits.append(1)
         signal.setitimer(signal.ITIMER_REAL, _AFTER_FINALIZER_S)
 
-    signal.signal(signal.SIGTERM, handle)
+    signal.signal(END_SIGNAL, handle)
     signal.signal(signal.SIGALRM, handle)
     sys.unraisablehook = unraisable
 
@@ -106,7 +106,7 @@ def _die_with_launcher(is_at_once: bool) -> None:
     def watch() -> None:
         _launcher().join()
         if not is_at_once:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), END_SIGNAL)
             time.sleep(_LAST_S)
         os.kill(os.getpid(), signal.SIGKILL)
 

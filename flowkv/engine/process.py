@@ -91,7 +91,7 @@ class _ToyModel:
 
 
 def run_instance(spec: InstanceSpec) -> int:
-    """Load, register, serve until told to stop by SystemExit (the launcher turns SIGTERM into that).
+    """Load, register, serve until told to stop by SystemExit (`child_main` turns END_SIGNAL into that).
 
     Returns 1, after `StartFailed`, if it cannot start.
     """

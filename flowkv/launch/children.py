@@ -13,9 +13,10 @@ from typing import Any
 
 import zmq
 
-from flowkv.child import STOP_SIGNALS, child_main, without_cwd
+from flowkv.child import child_main, without_cwd
 from flowkv.config import LoggingConfig
 from flowkv.errors import FlowKVError
+from flowkv.signals import END_SIGNAL, STOP_SIGNALS
 
 _STOP_TIMEOUT_S = 10.0
 _EXIT_CODE_TIMEOUT_S = 1.0  # for the fork server to say how its child ended
@@ -69,8 +70,11 @@ class Children:
         process = context.Process(
             target=child_main, args=(name, list(orphaned_folders), target, args, self.logging), name=f"flowkv {name}"
         )  # fmt: skip
-        # A signal to the whole group must not find a process that does not know yet what to do with it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        # A signal to the whole group must not find a process that does not know yet what to do with it, nor ever the
+        # fork server. (To start the tracker would unblock some of them.)
+        with without_cwd():
+            resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, END_SIGNAL})
         try:
             with without_cwd():
                 process.start()
@@ -79,7 +83,7 @@ class Children:
         except (OSError, EOFError) as error:
             raise NotStarted(f"could not be started: {str(error) or 'the fork server is gone'}") from error
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {*STOP_SIGNALS, END_SIGNAL})
         return child
 
     def start_caretaker(self, name: str, context: Any, orphaned_folders: tuple[str, ...]) -> None:
@@ -94,7 +98,7 @@ class Children:
     def are_ready(self) -> bool:
         return all(child.is_ready for child in self._children.values())
 
-    def stop(self, name: str, signum: int = signal.SIGTERM, last_s: float = 0.0) -> None:
+    def stop(self, name: str, signum: int = END_SIGNAL, last_s: float = 0.0) -> None:
         """Tell it to; what has not ended `last_s` and a while later is killed by `take_gone`. Nothing is to be done if
         it has ended."""
         child = self.get(name)
@@ -125,10 +129,10 @@ class Children:
     def stop_all(self, first: str | None = None) -> None:
         """`first` alone, while the rest still runs; then everyone; then by force."""
         if first is not None and (child := self.get(first)) is not None:
-            child.send_signal(signal.SIGTERM)
+            child.send_signal(END_SIGNAL)
             child.is_gone(_STOP_TIMEOUT_S)
         for child in self._children.values():
-            child.send_signal(signal.SIGTERM)
+            child.send_signal(END_SIGNAL)
         deadline_s = time.monotonic() + _STOP_TIMEOUT_S
         for child in self._children.values():
             if not child.is_gone(max(0.0, deadline_s - time.monotonic())):

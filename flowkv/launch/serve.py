@@ -18,7 +18,8 @@ from flowkv.launch.display import Display
 from flowkv.launch.model import model_name, resolve_model
 from flowkv.launch.node import Node, running_node
 from flowkv.messages import FrontendExited
-from flowkv.server.process import DRAIN_SIGNAL, FrontendSpec, run_frontend
+from flowkv.server.process import FrontendSpec, run_frontend
+from flowkv.signals import DRAIN_SIGNAL
 from flowkv.wire import tcp_address
 
 CONTROLLER, FRONTEND = "controller", "frontend"

@@ -1,10 +1,14 @@
 """How a launcher is told to stop."""
 
 import contextlib
+import math
 import os
 import signal
+import time
 
-from flowkv.child import STOP_SIGNALS
+from flowkv.signals import STOP_SIGNALS
+
+_SAME_S = 0.25  # `timeout` and others tell the launcher, and then its whole group once more
 
 
 class StopRequested(Exception):
@@ -12,14 +16,15 @@ class StopRequested(Exception):
 
 
 class StopSignals:
-    """Once `lets_drain` is set the first signal only asks for a drain, and `fd` can be read; any other raises
-    `StopRequested`, once: a second time would interrupt the clearing up that it began."""
+    """Once `lets_drain` is set the first signal only asks for a drain, and `fd` can be read; one that comes a while
+    later raises `StopRequested`, once: a second time would interrupt the clearing up that it began."""
 
     def __init__(self) -> None:
         self.lets_drain = False
         self.is_drain_asked = False
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._is_over = False
+        self._asked_s = -math.inf  # by a signal; an operator's drain may be cut short at once
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
 
@@ -41,7 +46,8 @@ class StopSignals:
 
     def _handle(self, signum: int, frame: object) -> None:
         if self.lets_drain and not self.is_drain_asked:
+            self._asked_s = time.monotonic()
             self.ask_drain()
-        elif not self._is_over:
+        elif not self._is_over and time.monotonic() > self._asked_s + _SAME_S:
             self._is_over = True
             raise StopRequested

@@ -1,4 +1,4 @@
-"""The frontend's process: the port first, then the tokenizer, then requests until it is drained or SIGTERM comes."""
+"""The frontend's process: the port first, then the tokenizer, then requests until it is drained or told to end."""
 
 import asyncio
 import os
@@ -22,9 +22,9 @@ from flowkv.server.journal import Listener
 from flowkv.server.site import Site
 from flowkv.server.tokenizer import ModelTokenizer, Tokenizer
 from flowkv.server.tracing import sending_spans
+from flowkv.signals import DRAIN_SIGNAL, END_SIGNAL
 from flowkv.wire import AsyncMailbox, Outbox, SyncContext
 
-DRAIN_SIGNAL = signal.SIGUSR1  # once it is ready: end when the last request has
 LINGER_S = 1.0  # for the last messages to leave
 
 
@@ -45,13 +45,11 @@ class FrontendSpec:
 
 
 def run_frontend(spec: FrontendSpec) -> int:
-    """Serve until SIGTERM, or a while longer from DRAIN_SIGNAL on; returns the exit status.
+    """Serve until END_SIGNAL, or a while longer from DRAIN_SIGNAL on; returns the exit status.
 
     The launcher gets `StartFailed` with one line, or `Ready` with the URL (a port of 0 is any free one) and, when the
     cluster is ready too, `Serving`.
     """
-    # Ctrl-C reaches every process of the terminal's group: in which order they end is the launcher's business.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     context: SyncContext = zmq.Context()
     outbox = Outbox(context, spec.key)
     try:
@@ -60,8 +58,8 @@ def run_frontend(spec: FrontendSpec) -> int:
             sending_spans(spec.tracing, os.environ, spec.model_name) as listeners,
         ):
             tokenizer = _tokenizer(spec)
-            early: list[int] = []  # SIGTERM, before the event loop takes it; an exception would break the loop
-            signal.signal(signal.SIGTERM, lambda number, _: early.append(number))
+            early: list[int] = []  # END_SIGNAL, before the event loop takes it; an exception would break the loop
+            signal.signal(END_SIGNAL, lambda number, _: early.append(number))
             uvloop.run(
                 _serve(spec, site, lambda: _frontend(spec, context, outbox, tokenizer, listeners), outbox, early)
             )
@@ -114,7 +112,7 @@ async def _serve(
     draining = Draining(
         frontend, spec.server.drain_timeout_s, lambda text: outbox.send(spec.launcher_address, Note(text)), stop
     )  # fmt: skip
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+    asyncio.get_running_loop().add_signal_handler(END_SIGNAL, stop)
     asyncio.get_running_loop().add_signal_handler(DRAIN_SIGNAL, draining.begin)
     if early:
         stop()

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -70,8 +71,23 @@ def test_a_second_signal_does_not_wait() -> None:
     with serving(*CHECKED, *SLOW_STEPS) as server, streaming(server, 2, max_tokens=5000) as answers:
         server.process.send_signal(signal.SIGINT)
         server.wait_for_line(re.compile("draining"))
-        assert server.stop(signal.SIGINT) == 0
+        while server.process.poll() is None:  # two at a time are one
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        assert server.wait() == 0
         assert [answer.result(30.0)[1] for answer in answers] == ["abort", "abort"]
+
+
+def test_a_signal_to_the_whole_group_reaches_the_launcher_alone_and_once() -> None:
+    """As `timeout` sends it, and systemd unless told otherwise; the fork server is needed still."""
+    with serving(*CHECKED, *SLOW_STEPS) as server, streaming(server, 4, max_tokens=100) as answers:
+        server.process.send_signal(signal.SIGTERM)
+        os.killpg(server.process.pid, signal.SIGTERM)
+        server.wait_for_line(re.compile("draining: 4 requests"))
+        os.kill(server.pid_of("decode-0"), signal.SIGKILL)
+        assert [answer.result(30.0) for answer in answers] == finished(4, 100)
+        assert server.wait() == 0
+        assert any("decode-0 was killed by SIGKILL; starting it again" in line for line in server.lines)
 
 
 def test_what_takes_too_long_is_ended() -> None:

@@ -1,6 +1,5 @@
 """The frontend as a process of its own, with the launcher's side played by the test."""
 
-import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import zmq
 from flowkv.errors import ConfigError
 from flowkv.messages import Ready, StartFailed
 from flowkv.server.site import listen
+from flowkv.signals import END_SIGNAL
 from flowkv.wire import Mailbox, decode
 from tests.server.bpe import make_model_folder
 from tests.server.fake_cluster import FakeCluster, outputs
@@ -25,10 +25,11 @@ from flowkv.config import ServerConfig
 from flowkv.server.process import FrontendSpec, run_frontend
 host, port, mailbox, controller, launcher, folder, early = sys.argv[1:]
 if early:  # told to stop while it starts
-    import os, signal
+    import os
     from flowkv.server import process
+    from flowkv.signals import END_SIGNAL
     create_app = process.create_app
-    process.create_app = lambda *args: os.kill(os.getpid(), signal.SIGTERM) or create_app(*args)
+    process.create_app = lambda *args: os.kill(os.getpid(), END_SIGNAL) or create_app(*args)
 server = ServerConfig(host=host, port=int(port))
 code = run_frontend(FrontendSpec("f0", mailbox, controller, launcher, server, folder or None, "toy"))
 assert not {"torch", "transformers"} & set(sys.modules)
@@ -81,7 +82,9 @@ def launcher(tmp_path: Path, cluster: FakeCluster) -> Iterator[Launcher]:
     launcher.close()
 
 
-def test_serves_until_sigterm_and_ends_open_streams(launcher: Launcher, cluster: FakeCluster, tmp_path: Path) -> None:
+def test_serves_until_told_to_end_and_ends_open_streams(
+    launcher: Launcher, cluster: FakeCluster, tmp_path: Path
+) -> None:
     cluster.answer = lambda request: outputs(request, [33, 34])[:1]
     process = launcher.start(model_folder=str(make_model_folder(tmp_path / "model")))
     ready = launcher.next_message()
@@ -89,7 +92,6 @@ def test_serves_until_sigterm_and_ends_open_streams(launcher: Launcher, cluster:
     assert ready.url.startswith("http://127.0.0.1:")
     while httpx.get(f"{ready.url}/ready").status_code != 200:
         pass
-    process.send_signal(signal.SIGINT)  # the launcher's business
     url, body = f"{ready.url}/v1/completions", {"prompt": "hi", "max_tokens": 9}
     with (
         ThreadPoolExecutor(1) as pool,
@@ -99,7 +101,7 @@ def test_serves_until_sigterm_and_ends_open_streams(launcher: Launcher, cluster:
         assert '"text"' in next(lines)
         whole = pool.submit(httpx.post, url, json=body, timeout=10)
         cluster.wait_for(lambda: len({request.request_id for request in cluster.requests}) == 2)
-        process.terminate()
+        process.send_signal(END_SIGNAL)
         rest = "\n".join(lines)
     assert whole.result().status_code == 503  # a part must not be taken for the whole
     assert '"finish_reason":"abort"' in rest
@@ -109,8 +111,8 @@ def test_serves_until_sigterm_and_ends_open_streams(launcher: Launcher, cluster:
     cluster.wait_for(lambda: len(set(cluster.aborts)) == 2)
 
 
-def test_a_sigterm_that_comes_before_the_event_loop_runs_ends_it_too(launcher: Launcher) -> None:
-    assert end_of(launcher.start(early="SIGTERM")) == (0, b"")
+def test_a_signal_that_comes_before_the_event_loop_runs_ends_it_too(launcher: Launcher) -> None:
+    assert end_of(launcher.start(early="early")) == (0, b"")
 
 
 def test_a_busy_port_is_one_line_to_the_launcher(launcher: Launcher) -> None:
