@@ -58,7 +58,8 @@ class Launched:
     def processes(self) -> list[int]:
         """Ids of every living process of this launcher's session, itself included."""
         entries = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-        return [int(entry.name) for entry in entries if _session_and_state(entry) == (self.process.pid, True)]
+        found = [(int(entry.name), *_session_and_state(entry)) for entry in entries]
+        return [pid for pid, session, state in found if session == self.process.pid and state not in "ZX"]
 
     def pid_of(self, name: str) -> int:
         """The process of an instance, by what `ps` calls it."""
@@ -172,10 +173,17 @@ def eventually(condition: Callable[[], bool], what: str, timeout_s: float = 30.0
         time.sleep(0.02)
 
 
-def _session_and_state(entry: Path) -> tuple[int, bool]:
-    """(session id, whether it lives) of a process; a zombie does not live."""
+def pause(pid: int) -> None:
+    """Stop a process until SIGCONT. A signal that was sent is only on its way: on return every thread has stopped."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{pid}/task")
+    eventually(lambda: all(_session_and_state(task)[1] == "T" for task in tasks.iterdir()), f"{pid} is stopped")
+
+
+def _session_and_state(entry: Path) -> tuple[int, str]:
+    """Session id and state (a letter of proc(5)) of a process or thread; X, dead, if there is none."""
     try:
         fields = (entry / "stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return (0, False)
-    return int(fields[3]), fields[0] not in "ZX"
+        return (0, "X")
+    return int(fields[3]), fields[0]

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.server import Server, eventually, serving
+from tests.e2e.server import Server, eventually, pause, serving
 from tests.e2e.test_toy_cluster import CHECKED, toy_tokens
 
 LEASE_S = 0.5
@@ -159,7 +159,7 @@ def test_a_prefill_instance_is_stopped_for_longer_than_its_lease_and_woken_while
         streams = Streams(server, 12, seed=1)
         streams.reach(lambda _: value(server, "receiving", "decode-0") > 0 and busy(server, "prefill-0"), "a transfer")
         pid = server.pid_of("prefill-0")
-        os.kill(pid, signal.SIGSTOP)
+        pause(pid)
         eventually(lambda: value(server, "stalled", "prefill-0") == 1.0, "it is stalled")
         streams.check()
         assert recoveries(server) > 0
@@ -194,7 +194,7 @@ def test_a_decode_instance_is_stopped_for_longer_than_a_lease_and_woken_while_ot
         streams = Streams(server, 12, seed=1)
         streams.reach(lambda _: value(server, "receiving", "decode-0") > 0, "a transfer")
         pid = server.pid_of("decode-0")
-        os.kill(pid, signal.SIGSTOP)
+        pause(pid)
         streams.check()
         eventually(lambda: value(server, "stalled", "decode-0") == 1.0, "it is stalled")
         check_serves(server, seed=2)
@@ -210,7 +210,7 @@ def test_when_all_are_stopped_the_answer_comes_and_when_they_wake_it_is_the_righ
     with warm() as server:
         pids = [server.pid_of(name) for name in ("prefill-0", "decode-0")]
         for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
+            pause(pid)
         eventually(lambda: server.client.get("/ready").status_code == 503, "nobody is left")
         body = {"prompt": [7] * 50, "max_tokens": 5, "temperature": 0.0}
         assert server.client.post("/v1/completions", json=body).status_code == 503
@@ -227,7 +227,7 @@ def test_clients_that_leave_while_an_instance_is_stopped_leave_no_block_behind()
             pid = server.pid_of(seat)
             with ThreadPoolExecutor(8) as pool:
                 gone = [pool.submit(leave_soon, server, i) for i in range(8)]
-                os.kill(pid, signal.SIGSTOP)
+                pause(pid)
                 for future in gone:
                     future.result(60.0)
             os.kill(pid, signal.SIGCONT)

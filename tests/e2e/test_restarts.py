@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.server import Server, eventually, serving
+from tests.e2e.server import Server, eventually, pause, serving
 from tests.e2e.test_toy_cluster import CHECKED, check_all_free, complete, make_requests, toy_tokens
 
 SLOW_STEPS = ("--set", "toy_step_s=0.02")
@@ -107,7 +107,7 @@ def test_what_is_killed_stays_neither_as_a_process_nor_as_a_zombie() -> None:
 def test_an_instance_that_hangs_is_killed_and_another_takes_its_place() -> None:
     with serving(*CHECKED) as server:
         num_lines = len(server.lines)
-        os.kill(server.pid_of("decode-0"), signal.SIGSTOP)
+        pause(server.pid_of("decode-0"))
         server.wait_for_line(re.compile("decode-0 said nothing for too long; starting it again"), num_lines)
         server.wait_for_line(re.compile("decode-0~1: ready"), num_lines)
         check_answers(server, seed=4)
@@ -118,7 +118,7 @@ def test_an_instance_that_hangs_is_killed_and_another_takes_its_place() -> None:
 def test_a_controller_or_frontend_that_hangs_is_killed_and_another_takes_its_place() -> None:
     with serving(*CHECKED) as server:
         num_lines = len(server.lines)
-        os.kill(server.pid_of("controller"), signal.SIGSTOP)
+        pause(server.pid_of("controller"))
         eventually(lambda: server.client.get("/ready").status_code == 503, "its silence is noticed")
         refused = server.client.post("/v1/completions", json={"prompt": [3], "max_tokens": 1})
         assert refused.status_code == 503 and refused.headers["retry-after"]
@@ -126,7 +126,7 @@ def test_a_controller_or_frontend_that_hangs_is_killed_and_another_takes_its_pla
         eventually(lambda: server.client.get("/ready").status_code == 200, "it is ready again")
         check_answers(server, seed=9)
         num_lines = len(server.lines)
-        os.kill(server.pid_of("frontend"), signal.SIGSTOP)
+        pause(server.pid_of("frontend"))
         server.wait_for_line(re.compile("the frontend said nothing for too long; starting it again"), num_lines)
         server.wait_for_line(re.compile("frontend~1: ready"), num_lines)
         connect_anew(server)

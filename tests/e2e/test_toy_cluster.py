@@ -16,7 +16,7 @@ import pytest
 from flowkv.config import EngineConfig
 from flowkv.types import Role
 from tests.cluster_in_process import Cluster
-from tests.e2e.server import Server, eventually, serving
+from tests.e2e.server import Server, eventually, pause, serving
 
 TOY = ("--toy", "--set", "engine.check_integrity=true")
 CHECKED = (*TOY, "--roles", "fixed")  # every prompt crosses from a prefill to a decode instance
@@ -160,7 +160,7 @@ def test_signals_to_the_whole_group_end_everything_too() -> None:
 def test_a_signal_while_a_breakdown_is_cleared_up_leaves_nothing_behind() -> None:
     with serving(*CHECKED, "--set", "restart.max_failures=0") as server:
         controller, frontend = server.pid_of("controller"), server.pid_of("frontend")
-        os.kill(frontend, signal.SIGSTOP)  # the launcher waits for its end before it ends the others
+        pause(frontend)  # the launcher waits for its end before it ends the others
         os.kill(controller, signal.SIGKILL)
         eventually(lambda: controller not in server.processes(), "there is no cluster without it")
         time.sleep(0.5)

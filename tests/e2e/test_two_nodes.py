@@ -17,7 +17,7 @@ import pytest
 from flowkv.auth import KEY_VARIABLE, new_key
 from flowkv.bundled import MODEL_FOLDER
 from tests.e2e.namespaces import Namespace, two_namespaces
-from tests.e2e.server import Launched, Server, cleared_up, eventually, serving
+from tests.e2e.server import Launched, Server, cleared_up, eventually, pause, serving
 from tests.e2e.test_toy_cluster import CHECKED, check_all_free, complete, make_requests, server_roles, toy_tokens
 
 if importlib.util.find_spec("nixl") is None:
@@ -134,7 +134,7 @@ def test_a_launcher_killed_on_the_other_node_takes_its_instances_along(nodes: No
 def test_a_stopped_instance_is_not_taken_for_dead_when_its_node_joins_again(nodes: Nodes) -> None:
     with nodes.serving(*CHECKED, *FAST, "--decode", "0") as server, nodes.joined("--role", "decode") as other:
         stopped = other.pid_of("decode-0@node-1")
-        os.kill(stopped, signal.SIGSTOP)
+        pause(stopped)
         try:
             other.process.send_signal(signal.SIGKILL)
             other.process.wait(30.0)
