@@ -31,7 +31,7 @@ from benchmarks.report import ROOT, percentile, print_table, write_report
 from flowkv.bundled import MODEL_FOLDER, MODEL_NAME
 from flowkv.config import ClusterConfig, ServerConfig
 from flowkv.errors import FlowKVError
-from flowkv.server.tokenizer import ModelTokenizer
+from flowkv.server.text.tokenizer import ModelTokenizer
 
 DIRECT, OURS = "no gateway", "flowkv"
 NUM_PROMPTS = 64

@@ -86,7 +86,7 @@ def _key(args: argparse.Namespace) -> None:
 
 
 def _api_key(args: argparse.Namespace) -> None:
-    from flowkv.server.keys import add_key, key_line, new_key
+    from flowkv.server.access.keys import add_key, key_line, new_key
 
     if args.file is not None:
         print(add_key(args.file, args.name))

@@ -11,8 +11,8 @@ from typing import TypeVar
 import msgspec
 
 from flowkv.errors import ConfigError
-from flowkv.server.access import ADMIN_KEY_VARIABLE
-from flowkv.server.cluster_view import ClusterView
+from flowkv.server.access.doors import ADMIN_KEY_VARIABLE
+from flowkv.server.records.cluster_view import ClusterView
 
 _TIMEOUT_S = 5.0
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from flowkv.errors import FlowKVError
 from flowkv.remote import Remote
-from flowkv.server.admin import Restarted
+from flowkv.server.api.admin import Restarted
 from flowkv.types import RollingRestart
 
 _LOOK_S = 0.3

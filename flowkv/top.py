@@ -13,8 +13,8 @@ from rich.text import Text
 
 from flowkv.remote import Remote
 from flowkv.restart import describe
-from flowkv.server.cluster_view import ClusterView
-from flowkv.server.rates import Rates
+from flowkv.server.records.cluster_view import ClusterView
+from flowkv.server.records.rates import Rates
 from flowkv.types import InstanceStatus, Regime
 
 _STALE_S = 3.0  # the controller speaks four times a second

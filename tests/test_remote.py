@@ -8,8 +8,8 @@ import pytest
 
 from flowkv.errors import ConfigError
 from flowkv.remote import Remote
-from flowkv.server.admin import Restarted
-from flowkv.server.cluster_view import ClusterView
+from flowkv.server.api.admin import Restarted
+from flowkv.server.records.cluster_view import ClusterView
 from flowkv.types import Regime
 
 Asked = tuple[str, str, str | None]  # method, path, authorization

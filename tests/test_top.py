@@ -1,7 +1,7 @@
 import msgspec
 from rich.console import Console
 
-from flowkv.server.cluster_view import ClusterView
+from flowkv.server.records.cluster_view import ClusterView
 from flowkv.top import render
 from flowkv.types import InstanceCounters, InstanceLoad, InstanceStatus, Regime, Role, RollingRestart
 

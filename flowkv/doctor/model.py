@@ -10,8 +10,8 @@ from flowkv.config import ClusterConfig
 from flowkv.doctor.finding import Finding, fail, ok, warn
 from flowkv.errors import ModelError
 from flowkv.launch.model import model_name, resolve_model
-from flowkv.server.chat_template import Conversation
-from flowkv.server.tokenizer import ModelTokenizer
+from flowkv.server.text.chat_template import Conversation
+from flowkv.server.text.tokenizer import ModelTokenizer
 
 _HELLO = Conversation([{"role": "user", "content": "hello"}])
 

@@ -13,7 +13,7 @@ from flowkv.config import ClusterConfig
 from flowkv.doctor.finding import Finding, fail, ok, warn
 from flowkv.errors import ConfigError
 from flowkv.launch.addresses import check_local, resolve_endpoint
-from flowkv.server.site import Site, listen
+from flowkv.server.access.site import Site, listen
 from flowkv.wire import SyncContext, tcp_address
 
 _CONNECT_S = 3.0

@@ -13,22 +13,22 @@ from starlette.responses import Response
 from flowkv import __version__
 from flowkv.config import ServerConfig
 from flowkv.errors import RequestError
-from flowkv.server import unsupported
-from flowkv.server.admin import AdminApi
-from flowkv.server.chat_api import ChatApi
-from flowkv.server.completions_api import CompletionsApi
-from flowkv.server.dashboard import Dashboard
-from flowkv.server.endpoint import Endpoint
+from flowkv.server.access.request_id import request_id_of
+from flowkv.server.access.trace_context import TraceContext
+from flowkv.server.answers.envelope import error_body, retry_headers
+from flowkv.server.api import unsupported
+from flowkv.server.api.admin import AdminApi
+from flowkv.server.api.chat import ChatApi
+from flowkv.server.api.completions import CompletionsApi
+from flowkv.server.api.dashboard import Dashboard
+from flowkv.server.api.endpoint import Endpoint
+from flowkv.server.api.openapi import OpenApi
+from flowkv.server.api.requests import RequestsApi
+from flowkv.server.api.responses import ResponsesApi
+from flowkv.server.api.status import StatusApi
+from flowkv.server.api.text_service import TextService
+from flowkv.server.api.tokens import TokensApi
 from flowkv.server.frontend import Frontend
-from flowkv.server.openapi import OpenApi
-from flowkv.server.request_id import request_id_of
-from flowkv.server.requests_api import RequestsApi
-from flowkv.server.response import error_body, retry_headers
-from flowkv.server.responses_api import ResponsesApi
-from flowkv.server.status_api import StatusApi
-from flowkv.server.text_service import TextService
-from flowkv.server.tokens_api import TokensApi
-from flowkv.server.trace_context import TraceContext
 
 _HTTP_ERRORS = {404: "not_found", 405: "method_not_allowed"}  # as they are counted
 

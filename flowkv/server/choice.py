@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from flowkv.server.detokenizer import Detokenizer
-from flowkv.server.stop_strings import StopStrings
+from flowkv.server.text.detokenizer import Detokenizer
+from flowkv.server.text.stop_strings import StopStrings
 from flowkv.types import FinishReason, Output, TokenLogprobs
 
 FAILURES = (FinishReason.ABORT, FinishReason.ERROR)

@@ -26,21 +26,21 @@ from flowkv.messages import (
     ServiceBeat,
 )
 from flowkv.metrics import FrontendMetrics
-from flowkv.server.access_log import log_ended
-from flowkv.server.caller import current_caller
+from flowkv.server.access.caller import current_caller
+from flowkv.server.access.trace_context import current_traceparent
+from flowkv.server.api.parameters import Limits
 from flowkv.server.choice import Choice, Delta
-from flowkv.server.cluster_view import ClusterView
-from flowkv.server.history import History
-from flowkv.server.journal import Journal
 from flowkv.server.live_request import LiveRequest, TextOptions
-from flowkv.server.parameters import Limits
+from flowkv.server.records.access_log import log_ended
+from flowkv.server.records.cluster_view import ClusterView
+from flowkv.server.records.history import History
+from flowkv.server.records.journal import Journal
+from flowkv.server.records.timeline import RequestRecord, Timeline
+from flowkv.server.records.watch import ClusterWatch
 from flowkv.server.recovery import Recovery
-from flowkv.server.stop_strings import StopStrings
 from flowkv.server.stream import RequestStream
-from flowkv.server.timeline import RequestRecord, Timeline
-from flowkv.server.tokenizer import Tokenizer
-from flowkv.server.trace_context import current_traceparent
-from flowkv.server.watch import ClusterWatch
+from flowkv.server.text.stop_strings import StopStrings
+from flowkv.server.text.tokenizer import Tokenizer
 from flowkv.types import GRAMMAR_ENDED, FinishReason, Output, Request
 from flowkv.usage import UsageMeter
 from flowkv.wire import AsyncMailbox, Outbox

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 import msgspec
 
 from flowkv.messages import Submit
-from flowkv.server.caller import Caller
+from flowkv.server.access.caller import Caller
 from flowkv.server.choice import Choice
+from flowkv.server.records.timeline import Timeline
 from flowkv.server.recovery import Recovery
 from flowkv.server.stream import RequestStream
-from flowkv.server.timeline import Timeline
 from flowkv.types import Request
 
 

@@ -14,14 +14,14 @@ from flowkv.auth import ClusterKey
 from flowkv.config import LimitsConfig, ServerConfig, TracingConfig
 from flowkv.errors import FlowKVError
 from flowkv.messages import Note, Ready, Serving, StartFailed
+from flowkv.server.access.site import Site
 from flowkv.server.app import create_app
-from flowkv.server.byte_tokenizer import ByteTokenizer
 from flowkv.server.draining import Draining
 from flowkv.server.frontend import Frontend
-from flowkv.server.journal import Listener
-from flowkv.server.site import Site
-from flowkv.server.tokenizer import ModelTokenizer, Tokenizer
-from flowkv.server.tracing import sending_spans
+from flowkv.server.records.journal import Listener
+from flowkv.server.records.tracing import sending_spans
+from flowkv.server.text.byte_tokenizer import ByteTokenizer
+from flowkv.server.text.tokenizer import ModelTokenizer, Tokenizer
 from flowkv.signals import DRAIN_SIGNAL, END_SIGNAL
 from flowkv.wire import AsyncMailbox, Outbox, SyncContext
 

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable
 
 from flowkv.errors import RequestError
 from flowkv.server.choice import Delta
-from flowkv.server.timeline import Timeline
+from flowkv.server.records.timeline import Timeline
 
 
 class RequestStream:

@@ -26,7 +26,7 @@ from flowkv.engine.engine import Engine
 from flowkv.messages import LoadReport, Outputs
 from flowkv.model.cpu_kernel import CpuKernel
 from flowkv.model.loading import LoadedModel, load_model
-from flowkv.server.tokenizer import ModelTokenizer
+from flowkv.server.text.tokenizer import ModelTokenizer
 from tests.model.tiny_models import SHAPE, save_model
 
 CHUNK = 32

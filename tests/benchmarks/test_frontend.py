@@ -10,7 +10,7 @@ from benchmarks import BenchmarkError
 from benchmarks.frontend import DIRECT, OURS, Case, Figures, Gateways, ask, bodies, measure, summarize
 from benchmarks.gateways.routers import ROUTERS
 from flowkv.bundled import MODEL_FOLDER
-from flowkv.server.tokenizer import ModelTokenizer
+from flowkv.server.text.tokenizer import ModelTokenizer
 
 SHORT = argparse.Namespace(prompt_tokens=50, connections=[2], warmup=0.1, seconds=0.3)
 

@@ -11,13 +11,13 @@ import msgspec
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
-from flowkv.server.access import ADMIN_KEY_VARIABLE
-from flowkv.server.dashboard import DashboardData
-from flowkv.server.events import Event, EventKind
-from flowkv.server.history import Quantiles, Recent, Second
-from flowkv.server.keys import new_key
-from flowkv.server.timeline import Phase, PhaseName, RequestRecord, State
-from flowkv.server.watch import InstanceRow
+from flowkv.server.access.doors import ADMIN_KEY_VARIABLE
+from flowkv.server.access.keys import new_key
+from flowkv.server.api.dashboard import DashboardData
+from flowkv.server.records.events import Event, EventKind
+from flowkv.server.records.history import Quantiles, Recent, Second
+from flowkv.server.records.timeline import Phase, PhaseName, RequestRecord, State
+from flowkv.server.records.watch import InstanceRow
 from flowkv.types import Regime, Role
 from tests.browser.page import SCHEMES, SIZES, Watched, chromium, opened
 from tests.e2e.server import Server, serving

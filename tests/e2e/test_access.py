@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from flowkv.server.keys import add_key, new_key
+from flowkv.server.access.keys import add_key, new_key
 from tests.e2e.server import Server, eventually, serving
 
 ADMIN_KEY = new_key()

@@ -11,9 +11,9 @@ import pytest
 
 from flowkv import messages as m
 from flowkv.errors import ProtocolError
-from flowkv.server.byte_tokenizer import ByteTokenizer
 from flowkv.server.frontend import Frontend
 from flowkv.server.live_request import TextOptions
+from flowkv.server.text.byte_tokenizer import ByteTokenizer
 from flowkv.types import ModelInfo, Output, Request, Role, SamplingParams, TokenLogprobs
 from flowkv.wire import AsyncMailbox, Outbox, SyncContext, decode, encode
 from tests.cluster.rig import Rig

@@ -8,10 +8,10 @@ import pytest
 import zmq
 
 from flowkv.config import LimitsConfig, ServerConfig
+from flowkv.server.access.site import Server, Site
 from flowkv.server.app import create_app
-from flowkv.server.byte_tokenizer import ByteTokenizer
 from flowkv.server.frontend import Frontend
-from flowkv.server.site import Server, Site
+from flowkv.server.text.byte_tokenizer import ByteTokenizer
 from flowkv.wire import AsyncMailbox, Outbox, SyncContext
 from tests.server.fake_cluster import CONTEXT_TOKENS, FakeCluster, say, status
 

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from flowkv.messages import Abort, Rejected
-from flowkv.server.cluster_view import ClusterView
+from flowkv.server.records.cluster_view import ClusterView
 from flowkv.types import GRAMMAR_ENDED, FinishReason, Output, Regime, Request
 from tests.server.conftest import MAX_BODY_BYTES, Served
 from tests.server.fake_cluster import CONTEXT_TOKENS, VOCAB_SIZE, outputs, say, status
@@ -347,7 +347,7 @@ def test_unknown_routes_and_methods(served: Served) -> None:
 
 
 def test_a_bug_is_an_answer_too(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowkv.server.text_service.build_request", lambda *_: 1 / 0)
+    monkeypatch.setattr("flowkv.server.api.text_service.build_request", lambda *_: 1 / 0)
     # A connection of its own: the server closes it after the traceback.
     response = httpx.post(f"{served.url}/v1/completions", json={"prompt": "hi"})
     assert error_of(response, 500)["code"] == "internal_error"

@@ -3,9 +3,9 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkv.server.byte_tokenizer import ByteTokenizer
 from flowkv.server.choice import Choice, Delta
-from flowkv.server.stop_strings import StopStrings
+from flowkv.server.text.byte_tokenizer import ByteTokenizer
+from flowkv.server.text.stop_strings import StopStrings
 from flowkv.types import FinishReason, Output, TokenLogprobs
 
 

@@ -11,12 +11,12 @@ import zmq
 from flowkv.config import LimitsConfig
 from flowkv.errors import RequestError
 from flowkv.messages import Abort, FrontendHello, Lost, Message, Rejected, ServiceBeat
-from flowkv.server.byte_tokenizer import ByteTokenizer
 from flowkv.server.choice import Delta
 from flowkv.server.frontend import Frontend
 from flowkv.server.live_request import TextOptions
 from flowkv.server.recovery import MAX_FRUITLESS
 from flowkv.server.stream import RequestStream
+from flowkv.server.text.byte_tokenizer import ByteTokenizer
 from flowkv.types import FinishReason, Output, Request, SamplingParams, TokenLogprobs
 from flowkv.wire import AsyncMailbox, Outbox, SyncContext
 from tests.server.fake_cluster import CONTEXT_TOKENS, VOCAB_SIZE, FakeCluster, outputs, say, status

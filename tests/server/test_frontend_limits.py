@@ -8,11 +8,11 @@ import pytest
 from flowkv.config import LimitsConfig
 from flowkv.errors import RequestError
 from flowkv.messages import Abort
-from flowkv.server.caller import Caller, set_caller
+from flowkv.server.access.caller import Caller, set_caller
+from flowkv.server.access.keys import ApiKey
+from flowkv.server.access.quotas import Quota, QuotaLimits
 from flowkv.server.frontend import Frontend
-from flowkv.server.keys import ApiKey
 from flowkv.server.live_request import TextOptions
-from flowkv.server.quotas import Quota, QuotaLimits
 from flowkv.types import FinishReason, Output, Request, SamplingParams
 from tests.server.fake_cluster import FakeCluster, outputs
 from tests.server.test_frontend import collect, request, run, wait_for

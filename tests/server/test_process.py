@@ -13,7 +13,7 @@ import zmq
 
 from flowkv.errors import ConfigError
 from flowkv.messages import Ready, StartFailed
-from flowkv.server.site import listen
+from flowkv.server.access.site import listen
 from flowkv.signals import END_SIGNAL
 from flowkv.wire import Mailbox, decode
 from tests.server.bpe import make_model_folder

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flowkv.errors import RequestError
-from flowkv.server.json_text import loads_strict
-from flowkv.server.structured import Constraint, schema_grammar
+from flowkv.server.bodies.structured import Constraint, schema_grammar
+from flowkv.server.text.json_text import loads_strict
 from flowkv.server.tools.json_formats import call_list
 from flowkv.server.tools.reader import NamedReader, NewReader, ToolReader
 from flowkv.server.tools.tagged_grammar import IsToken, json_rule, tagged_calls

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from flowkv.server.json_text import loads_strict
+from flowkv.server.text.json_text import loads_strict
 from flowkv.server.tools.json_scanner import JsonScanner
 
 T = TypeVar("T")

@@ -6,9 +6,9 @@ from typing import Any
 import msgspec
 
 from flowkv.errors import RequestError
-from flowkv.server.structured import Constraint
-from flowkv.server.tokenizer import Tokenizer
-from flowkv.server.tool_body import NamedTool, Tool, ToolChoice
+from flowkv.server.bodies.structured import Constraint
+from flowkv.server.bodies.tools import NamedTool, Tool, ToolChoice
+from flowkv.server.text.tokenizer import Tokenizer
 from flowkv.server.tools.bound import Bound, BoundCalls, JsonCalls, TaggedCalls
 from flowkv.server.tools.formats import FORMATS, find_format
 from flowkv.server.tools.reader import NewReader, PlainReader, ToolReader

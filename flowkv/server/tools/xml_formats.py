@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from flowkv.server.json_text import loads_strict
+from flowkv.server.text.json_text import loads_strict
 from flowkv.server.tools.feed import Feed, Steps
 from flowkv.server.tools.tool_format import ToolSchemas
 

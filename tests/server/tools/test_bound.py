@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 from flowkv.errors import RequestError
 from flowkv.grammar.compiler import compile_grammar
 from flowkv.grammar.vocabulary import Vocabulary
-from flowkv.server.structured import Constraint, schema_grammar
+from flowkv.server.bodies.structured import Constraint, schema_grammar
 from flowkv.server.tools.bound import Bound, BoundCalls, JsonCalls, TaggedCalls, required_schema
 from flowkv.server.tools.formats import FORMATS
 from flowkv.types import Grammar, GrammarKind

@@ -4,9 +4,9 @@ import pytest
 
 from flowkv.config import TOOL_PARSERS
 from flowkv.errors import RequestError
-from flowkv.server.byte_tokenizer import ByteTokenizer
-from flowkv.server.structured import Constraint
-from flowkv.server.tool_body import Function, FunctionChoice, NamedTool, Tool
+from flowkv.server.bodies.structured import Constraint
+from flowkv.server.bodies.tools import Function, FunctionChoice, NamedTool, Tool
+from flowkv.server.text.byte_tokenizer import ByteTokenizer
 from flowkv.server.tools.formats import FORMATS
 from flowkv.server.tools.plan import ToolPlan, ToolPlanner
 from flowkv.server.tools.reader import call_id

@@ -1,0 +1,1 @@
+"""What clients get: a generation in the shape of each route, whole or as a stream."""

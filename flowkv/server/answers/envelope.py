@@ -1,0 +1,174 @@
+"""What OpenAI's answers have in common, whole ones and streams of server-sent events: envelopes, usage, errors."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+import msgspec
+
+from flowkv.errors import RequestError
+from flowkv.server.bodies.generation import StreamOptions
+from flowkv.server.choice import Delta
+from flowkv.types import FinishReason, TokenLogprobs
+
+DONE = b"data: [DONE]\n\n"
+
+_encoder = msgspec.json.Encoder()
+
+ChoiceT = TypeVar("ChoiceT")
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int = 0  # stays 0: no KV outlives its request, so each prompt is computed anew
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int = 0
+    total_tokens: int = 0
+    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
+
+    def count(self, delta: Delta) -> None:
+        self.completion_tokens += len(delta.token_ids)
+        self.total_tokens = self.prompt_tokens + self.completion_tokens
+
+
+class Envelope(msgspec.Struct, Generic[ChoiceT]):
+    """`usage` is left out of a stream's chunks unless the client asked for it, and then null in all but the last."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[ChoiceT]
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+
+
+ErrorKind = Literal["invalid_request_error", "rate_limit_error", "server_error"]
+
+
+class ErrorFields(msgspec.Struct):
+    message: str
+    type: ErrorKind
+    param: str | None  # the field of the body
+    code: str | None  # a reason for programs
+
+
+class ErrorAnswer(msgspec.Struct):
+    error: ErrorFields
+
+
+@dataclass(slots=True)
+class Collected:
+    """All of one choice."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
+
+@dataclass(frozen=True, slots=True)
+class StreamUsage:
+    """Where a stream shows its usage."""
+
+    in_last: bool = False  # a chunk of its own
+    in_all: bool = False  # and what there is so far in every chunk
+
+    @classmethod
+    def of(cls, options: StreamOptions | None) -> "StreamUsage":
+        if options is None or not options.include_usage:
+            return cls()
+        return cls(True, bool(options.continuous_usage_stats))
+
+    def of_chunk(self, usage: Usage) -> Usage | msgspec.UnsetType | None:
+        if self.in_all:
+            return usage
+        return None if self.in_last else msgspec.UNSET
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What every chunk of one answer repeats."""
+
+    response_id: str
+    created: int
+    model: str
+
+    def envelope(self, kind: str, choices: list[ChoiceT], usage: Usage | msgspec.UnsetType | None) -> Envelope[ChoiceT]:
+        return Envelope(self.response_id, kind, self.created, self.model, choices, usage)
+
+
+class ResponseFormat(Protocol):
+    """`usage` is always that of all tokens so far."""
+
+    def events(self, delta: Delta, usage: Usage) -> bytes:
+        """The chunks that show one delta."""
+        ...
+
+    def failure(self, error: RequestError) -> bytes:
+        """A stream has begun and cannot go on."""
+        ...
+
+    def ending(self, usage: Usage) -> bytes:
+        """The last of a stream."""
+        ...
+
+    def whole(self, choices: list[Collected], usage: Usage) -> bytes: ...
+
+
+class ChunkFormat:
+    """What the streams of both completions routes have in common."""
+
+    chunk_kind = ""
+
+    def __init__(self, head: Head, stream_usage: StreamUsage) -> None:
+        self._head = head
+        self._stream_usage = stream_usage
+
+    def failure(self, error: RequestError) -> bytes:
+        return event(error_fields(error))
+
+    def ending(self, usage: Usage) -> bytes:
+        if not self._stream_usage.in_last:
+            return DONE
+        return event(self._head.envelope(self.chunk_kind, [], usage)) + DONE
+
+    def _chunk(self, choice: ChoiceT, usage: Usage) -> Envelope[ChoiceT]:
+        return self._head.envelope(self.chunk_kind, [choice], self._stream_usage.of_chunk(usage))
+
+
+def event(value: Any) -> bytes:
+    return b"data: " + _encoder.encode(value) + b"\n\n"
+
+
+def encode(value: Any) -> bytes:
+    return _encoder.encode(value)
+
+
+def error_fields(error: RequestError) -> ErrorAnswer:
+    kind: ErrorKind = "invalid_request_error" if error.status < 500 else "server_error"
+    if error.status == 429:
+        kind = "rate_limit_error"
+    return ErrorAnswer(ErrorFields(error.message, kind, error.param, error.code))
+
+
+def error_body(error: RequestError) -> bytes:
+    return _encoder.encode(error_fields(error))
+
+
+def retry_headers(error: RequestError) -> dict[str, str]:
+    """`Retry-After`, in whole seconds, where the same may be asked again."""
+    if error.status not in (429, 503):
+        return {}
+    return {"retry-after": str(max(1, math.ceil(error.retry_after_s or 0.0)))}

@@ -1,0 +1,1 @@
+"""The routes: what each takes, does and answers, and what they share."""

@@ -1,0 +1,1 @@
+"""What clients send: the fields of each body, and all rules that need no model."""
