@@ -15,7 +15,6 @@ from flowkv.config import ServerConfig
 from flowkv.errors import RequestError
 from flowkv.server.access.request_id import request_id_of
 from flowkv.server.access.trace_context import TraceContext
-from flowkv.server.answers.envelope import error_body, retry_headers
 from flowkv.server.api import unsupported
 from flowkv.server.api.admin import AdminApi
 from flowkv.server.api.chat import ChatApi
@@ -28,6 +27,7 @@ from flowkv.server.api.responses import ResponsesApi
 from flowkv.server.api.status import StatusApi
 from flowkv.server.api.text_service import TextService
 from flowkv.server.api.tokens import TokensApi
+from flowkv.server.error_answer import error_body, retry_headers
 from flowkv.server.frontend import Frontend
 
 _HTTP_ERRORS = {404: "not_found", 405: "method_not_allowed"}  # as they are counted

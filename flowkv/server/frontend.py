@@ -28,8 +28,8 @@ from flowkv.messages import (
 from flowkv.metrics import FrontendMetrics
 from flowkv.server.access.caller import current_caller
 from flowkv.server.access.trace_context import current_traceparent
-from flowkv.server.api.parameters import Limits
 from flowkv.server.choice import Choice, Delta
+from flowkv.server.limits import Limits
 from flowkv.server.live_request import LiveRequest, TextOptions
 from flowkv.server.records.access_log import log_ended
 from flowkv.server.records.cluster_view import ClusterView

@@ -23,7 +23,7 @@ from uvicorn.server import ServerState
 
 from flowkv.config import LimitsConfig
 from flowkv.errors import RequestError
-from flowkv.server.answers.envelope import error_body
+from flowkv.server.error_answer import error_body
 
 # Longer than clients and proxies keep an idle connection (httpx 5 s, nginx 60 s): who asks closes it, or a request that
 # is already on its way would be lost with it.

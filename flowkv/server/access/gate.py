@@ -15,7 +15,7 @@ from flowkv.server.access.doors import Access, Audience, Call, Unauthorized
 from flowkv.server.access.keys import ANYBODY, ApiKey
 from flowkv.server.access.quotas import Quota, Quotas
 from flowkv.server.access.refusals import Refusals
-from flowkv.server.answers.envelope import error_body, retry_headers
+from flowkv.server.error_answer import error_body, retry_headers
 
 
 class Gate:

@@ -1,14 +1,14 @@
-"""What OpenAI's answers have in common, whole ones and streams of server-sent events: envelopes, usage, errors."""
+"""What OpenAI's answers have in common, whole ones and streams of server-sent events: envelopes and usage."""
 
-import math
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
 from flowkv.errors import RequestError
 from flowkv.server.bodies.generation import StreamOptions
 from flowkv.server.choice import Delta
+from flowkv.server.error_answer import error_fields
 from flowkv.types import FinishReason, TokenLogprobs
 
 DONE = b"data: [DONE]\n\n"
@@ -43,20 +43,6 @@ class Envelope(msgspec.Struct, Generic[ChoiceT]):
     choices: list[ChoiceT]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
-
-
-ErrorKind = Literal["invalid_request_error", "rate_limit_error", "server_error"]
-
-
-class ErrorFields(msgspec.Struct):
-    message: str
-    type: ErrorKind
-    param: str | None  # the field of the body
-    code: str | None  # a reason for programs
-
-
-class ErrorAnswer(msgspec.Struct):
-    error: ErrorFields
 
 
 @dataclass(slots=True)
@@ -154,21 +140,3 @@ def event(value: Any) -> bytes:
 
 def encode(value: Any) -> bytes:
     return _encoder.encode(value)
-
-
-def error_fields(error: RequestError) -> ErrorAnswer:
-    kind: ErrorKind = "invalid_request_error" if error.status < 500 else "server_error"
-    if error.status == 429:
-        kind = "rate_limit_error"
-    return ErrorAnswer(ErrorFields(error.message, kind, error.param, error.code))
-
-
-def error_body(error: RequestError) -> bytes:
-    return _encoder.encode(error_fields(error))
-
-
-def retry_headers(error: RequestError) -> dict[str, str]:
-    """`Retry-After`, in whole seconds, where the same may be asked again."""
-    if error.status not in (429, 503):
-        return {}
-    return {"retry-after": str(max(1, math.ceil(error.retry_after_s or 0.0)))}

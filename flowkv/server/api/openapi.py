@@ -7,8 +7,8 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flowkv.server.answers.envelope import ErrorAnswer
 from flowkv.server.api.endpoint import Endpoint, json_response
+from flowkv.server.error_answer import ErrorAnswer
 
 ANYWHERE = (400, 401, 403)  # the gate answers before any route does
 REASONS = {

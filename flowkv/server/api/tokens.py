@@ -9,11 +9,11 @@ from starlette.responses import Response
 
 from flowkv.errors import RequestError
 from flowkv.server.api.endpoint import BODY_ERRORS, Endpoint, json_response
-from flowkv.server.api.parameters import Limits
 from flowkv.server.api.text_service import TextService
 from flowkv.server.bodies.chat import Messages, check_messages, check_template_use
 from flowkv.server.bodies.generation import decode
 from flowkv.server.bodies.tools import Tools
+from flowkv.server.limits import Limits
 from flowkv.server.text.chat_template import Conversation
 
 

@@ -5,9 +5,10 @@ import pytest
 
 from flowkv.config import LimitsConfig
 from flowkv.errors import RequestError
-from flowkv.server.api.parameters import Limits, build_request
+from flowkv.server.api.parameters import build_request
 from flowkv.server.bodies.chat import decode_chat
 from flowkv.server.bodies.completions import decode_completion
+from flowkv.server.limits import Limits
 from flowkv.types import ModelInfo, Request, SamplingParams
 
 MODEL = ModelInfo(name="toy", dtype="float32", vocab_size=256, max_model_tokens=100)
