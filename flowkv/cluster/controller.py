@@ -8,15 +8,12 @@ from flowkv.cluster.newcomers import Newcomers
 from flowkv.cluster.overload import Overload
 from flowkv.cluster.rebuild import Rebuild
 from flowkv.cluster.requests import Requests
-from flowkv.cluster.roles import Flip
-from flowkv.cluster.rolling import Rolling
+from flowkv.cluster.roster import Roster
 from flowkv.config import RestartConfig, SchedulingConfig, ServerConfig, SloConfig
 from flowkv.errors import ProtocolError
 from flowkv.messages import (
-    RESTART_MARK,
     Abort,
     ClusterStatus,
-    Drain,
     FlipInstance,
     FrontendExited,
     FrontendHello,
@@ -29,14 +26,10 @@ from flowkv.messages import (
     Register,
     Registered,
     RegistrationRefused,
-    RestartInstance,
     RestartInstances,
-    SetRole,
-    StartInstance,
-    StopInstance,
     Submit,
 )
-from flowkv.types import InstanceLoad, InstanceStatus, ModelInfo, Regime, Role
+from flowkv.types import InstanceLoad, InstanceStatus, ModelInfo, Role
 
 _STATUS_INTERVAL_S = 0.25
 _LOOK_INTERVAL_S = 0.1
@@ -70,15 +63,16 @@ class Controller:
         self._num_instances = num_instances
         self._epoch = epoch
         self._backend = backend
-        self._scheduling = scheduling or SchedulingConfig()
-        self._launcher_address = launcher_address
-        self._kills_hung = (restart or RestartConfig()).hung
-        self._rolling = Rolling(drain_timeout_s, self._drain, self._restart)
         self._last_tick_s: float | None = None
         self._frontends: dict[str, str] = {}  # name -> address
-        self._fleet = Fleet(slo or SloConfig(), self._scheduling)
+        slo, scheduling = slo or SloConfig(), scheduling or SchedulingConfig()
+        self._fleet = Fleet(slo, scheduling)
         self._views = self._fleet.views
-        self._overload = Overload(slo or SloConfig(), self._scheduling)
+        self._overload = Overload(slo, scheduling)
+        self.roster = Roster(
+            self._fleet, scheduling, restart or RestartConfig(), drain_timeout_s, num_instances, launcher_address,
+            self._send,
+        )  # fmt: skip
         self._newcomers = Newcomers(self._views, self._admit)
         self._dead: set[str] = set()
         self._requests = Requests(
@@ -87,11 +81,7 @@ class Controller:
         self._is_successor = rebuild is not None
         self._model: ModelInfo | None = None
         self._status_due_s = 0.0
-        self._roles_due_s = 0.0
-        self._num_wanted = num_instances  # that run or are being started, if nobody else starts any
         self._out: list[tuple[str, Message]] = []
-        self.regime = Regime.NORMAL
-        self.flips: list[Flip] = []
         self.gone_addresses: list[str] = []  # nobody listens there any more; whoever sends may forget them
 
     # --- in and out ------------------------------------------------------------------------------------------------
@@ -114,11 +104,9 @@ class Controller:
             case InstanceExited():
                 self._on_exited(message)
             case RestartInstances():
-                self._rolling.ask(message.instances, message.token)
-            case FlipInstance() if (view := self._views.get(message.instance)) is not None:
-                self._set_role(view, message.role, now_s)
+                self.roster.restart_in_turn(message.instances, message.token)
             case FlipInstance():
-                pass  # it has ended
+                self.roster.flip(message.instance, message.role, now_s)
             case FrontendExited():
                 self._on_frontend_exited(message)
             case _:
@@ -133,10 +121,7 @@ class Controller:
         if now_s >= self._status_due_s:
             self._requests.tell_lost_again()
         self._pass_time(min(elapsed_s, _MAX_ELAPSED_S), now_s)
-        self._rolling.look(self._views, now_s)
-        if now_s >= self._roles_due_s:
-            self._roles_due_s = now_s + self._scheduling.interval_s
-            self._set_roles(now_s)
+        self.roster.look(now_s)
         if now_s >= self._status_due_s:
             self._status_due_s = now_s + _STATUS_INTERVAL_S
             self._broadcast_status()
@@ -146,8 +131,8 @@ class Controller:
         for view in list(self._views.values()):
             if view.pass_time(elapsed_s, STALL_S) and view.is_in_service:
                 self._on_stalled(view)
-            if view.liveness.take_hang(STALL_S) and self._kills_hung and self._launcher_address is not None:
-                self._send(self._launcher_address, RestartInstance(view.name, hangs=True))
+            if view.liveness.take_hang(STALL_S):
+                self.roster.hangs(view)
             if view.unanswered:
                 self._requests.settle_unanswered(view)
 
@@ -190,7 +175,7 @@ class Controller:
             for dead in self._dead:
                 self._send(message.peer.address, PeerDown(dead))
         if message.is_draining:  # whatever for: it takes nothing more
-            self._rolling.ask([name])
+            self.roster.restart_in_turn([name])
         self._newcomers.add(name)
 
     def _admit(self, newcomer: InstanceView) -> None:
@@ -209,25 +194,22 @@ class Controller:
             return  # if it died: what it held is settled
         was_stalled, old = view.liveness.is_stalled, view.role
         if self._fleet.apply(message, now_s):
-            view.num_flips += 1
-            self.flips.append(Flip(now_s, view.name, old, view.role, self.regime))
+            self.roster.flipped(view, old, now_s)
         if was_stalled:
             self._broadcast_status()
         self._newcomers.note_links(message)
         self._requests.apply(message, view, now_s)
-        if view.holds_nothing and view.is_draining and not view.is_stopping and not self._rolling.holds(view.name):
-            self._stop(view)
+        self.roster.reported(view)
 
     def _on_exited(self, message: InstanceExited) -> None:
         """What it held goes on elsewhere; everyone forgets it."""
         name = message.instance
         self._dead.add(name)
-        if message.is_final:
-            self._rolling.forget(name)
+        self.roster.exited(message)
         gone = self._fleet.remove(name)
         self._requests.instance_gone(name, was_stopped=gone is not None and gone.is_stopping)
         if gone is None and not self._requests.is_rebuilding:
-            self._num_wanted -= RESTART_MARK not in name  # one that was added could not start
+            self.roster.did_not_start(name)
             return
         for view in self._views.values():
             view.links.pop(name, None)
@@ -248,62 +230,6 @@ class Controller:
         self._newcomers.forget(view.name)
         self._broadcast_status()
 
-    # --- roles and scale -------------------------------------------------------------------------------------------
-
-    def _set_roles(self, now_s: float) -> None:
-        verdict = self._fleet.look(now_s)
-        self.regime = verdict.regime
-        for name, role in verdict.flips:
-            self._set_role(self._views[name], role, now_s)
-        if verdict.scale > 0:
-            self._scale_out()
-        elif verdict.scale < 0 and not self._rolling.is_active:
-            self._scale_in()
-
-    def _set_role(self, view: InstanceView, role: Role, now_s: float) -> None:
-        view.wanted_role, view.flipped_s = role, now_s
-        self._fleet.refresh(view)
-        self._send(view.peer.address, SetRole(role))
-
-    def _scale_out(self) -> None:
-        """Ask for one more, of the role that there is less of."""
-        num_instances = max(len(self._views), self._num_wanted)
-        if self._launcher_address is None or num_instances >= self._scheduling.max_instances:
-            return
-        roles = [view.wanted_role for view in self._views.values()]
-        role = Role.MIXED if Role.MIXED in roles else min((Role.PREFILL, Role.DECODE), key=roles.count)
-        self._num_wanted = num_instances + 1
-        self._send(self._launcher_address, StartInstance(role))
-
-    def _scale_in(self) -> None:
-        num_available = sum(view.is_available for view in self._views.values())
-        if not self._scheduling.min_instances or num_available <= self._scheduling.min_instances:
-            return
-        if self._launcher_address is not None and (view := self._fleet.to_retire()) is not None:
-            self._drain(view)
-
-    def retire(self, name: str) -> None:
-        """It finishes what it has, and is ended for good."""
-        self._rolling.forget(name)
-        if (view := self._views.get(name)) is not None and not view.is_draining:
-            self._drain(view)
-
-    def _drain(self, view: InstanceView) -> None:
-        view.is_draining = True
-        self._fleet.refresh(view)
-        self._send(view.peer.address, Drain())
-
-    def _restart(self, view: InstanceView) -> None:
-        view.is_stopping = True
-        if self._launcher_address is not None:
-            self._send(self._launcher_address, RestartInstance(view.name))
-
-    def _stop(self, view: InstanceView) -> None:
-        if self._launcher_address is not None:
-            self._num_wanted -= 1
-            view.is_stopping = True
-            self._send(self._launcher_address, StopInstance(view.name))
-
     # --- status ----------------------------------------------------------------------------------------------------
 
     def loads(self) -> list[tuple[str, Role, InstanceLoad, int]]:
@@ -320,8 +246,9 @@ class Controller:
             room = min(room, self._model.max_model_tokens)
         is_open = not self._requests.is_settled or any(view.is_available for view in self._views.values())
         return ClusterStatus(
-            self._requests.has_served and is_open, self._model, room, self.statuses(), self.regime, len(self.flips),
-            self._overload.num_refused, self._requests.num_lost, self._name, self._rolling.status(),
+            self._requests.has_served and is_open, self._model, room, self.statuses(), self.roster.regime,
+            len(self.roster.flips), self._overload.num_refused, self._requests.num_lost, self._name,
+            self.roster.rolling,
         )  # fmt: skip
 
     def _broadcast_status(self) -> None:

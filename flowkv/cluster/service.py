@@ -136,7 +136,7 @@ class _Service:
                     self._on_exited(exited)
             case LeaveSoon():
                 for name in self._nodes.leave_soon(message.launcher):
-                    self._controller.retire(name)
+                    self._controller.roster.retire(name)
             case Register() if self._nodes.is_awaited(message):
                 pass  # it will say it again
             case Register() if node_name(message.peer.instance) is not None and self._awaits_own:
@@ -146,7 +146,7 @@ class _Service:
             case Register():
                 self._tell_controller(message)
                 if self._nodes.is_leaving(message.peer.instance):
-                    self._controller.retire(message.peer.instance)
+                    self._controller.roster.retire(message.peer.instance)
                 self._admit_early()
             case TurnedAway():
                 self._on_turned_away(message)

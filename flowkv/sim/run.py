@@ -129,7 +129,7 @@ class _Run:
             itl=self._itl,
             duration_s=self._finished_s - began_s,
             samples=self._samples,
-            flips=[flip._replace(time_s=flip.time_s - began_s) for flip in self._cluster.controller.flips],
+            flips=[flip._replace(time_s=flip.time_s - began_s) for flip in self._cluster.controller.roster.flips],
             counters={name: instance.engine.counters for name, instance in self._cluster.instances.items()},
             num_events=self._loop.num_events,
         )
@@ -225,7 +225,7 @@ class _Run:
             name: InstanceSample(role, load.waiting_tokens, load.num_decoding, load.used_blocks / num_blocks)
             for name, role, load, num_blocks in controller.loads()
         }
-        self._samples.append(Sample(now_s, instances, controller.regime))
+        self._samples.append(Sample(now_s, instances, controller.roster.regime))
         if self._on_progress is not None:
             self._on_progress(now_s, self._num_done)
         self._loop.after(_SAMPLE_S if len(instances) <= _MANY else _SELDOM_S, self._sample)

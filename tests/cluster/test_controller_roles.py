@@ -63,7 +63,7 @@ def test_roles_that_are_fixed_stay() -> None:
     fixed = SchedulingConfig(roles="fixed", dwell_s=DWELL_S)
     cluster = Cluster(Role.PREFILL, Role.DECODE, Role.DECODE, Role.DECODE, scheduling=fixed)
     assert cluster.run(20, PROMPTS) == []
-    assert cluster.controller.regime in (Regime.IMBALANCED, Regime.OVERLOADED)
+    assert cluster.controller.roster.regime in (Regime.IMBALANCED, Regime.OVERLOADED)
 
 
 def test_a_load_that_stays_the_same_flips_once() -> None:
@@ -77,16 +77,16 @@ def test_a_flip_counts_when_a_report_proves_it_and_not_before() -> None:
     flips = cluster.run(20, PROMPTS)
     names = [name for name, _ in flips]
     assert names and len(set(names)) == len(names)  # nobody is told again before it has answered
-    assert cluster.controller.flips == [] and cluster.status().num_flips == 0
+    assert cluster.controller.roster.flips == [] and cluster.status().num_flips == 0
     cluster.report(names[0], role=Role.PREFILL)
-    [flip] = cluster.controller.flips
+    [flip] = cluster.controller.roster.flips
     assert (flip.instance, flip.old, flip.new) == (names[0], Role.DECODE, Role.PREFILL)
     assert flip.time_s == cluster.now_s
     status = cluster.status()
     assert status.num_flips == 1
     assert {s.name: s.num_flips for s in status.instances if s.num_flips} == {names[0]: 1}
     cluster.report(names[0])
-    assert len(cluster.controller.flips) == 1
+    assert len(cluster.controller.roster.flips) == 1
 
 
 def test_an_instance_keeps_a_role_for_the_dwell() -> None:

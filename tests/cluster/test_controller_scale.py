@@ -65,7 +65,7 @@ def test_overload_starts_instances_up_to_the_most_and_no_more() -> None:
     rig = Scaled(P, D, max_instances=4)
     assert rig.overload(2) == []  # a moment is not enough
     assert 1 <= len(rig.overload(200)) <= 2
-    assert rig.controller.regime is Regime.OVERLOADED
+    assert rig.controller.roster.regime is Regime.OVERLOADED
     assert rig.overload(200) == []  # those that were started may take as long as they need
 
 
@@ -138,7 +138,7 @@ def test_one_that_drains_gets_nothing_and_what_it_gives_back_is_run_elsewhere() 
 def test_it_is_not_stopped_while_something_is_on_its_way_to_it() -> None:
     rig = Scaled(M, M, min_instances=1)
     name, _ = rig.dispatch("r", num_tokens=20)
-    rig.controller.retire(name)
+    rig.controller.roster.retire(name)
     assert of_type(rig.report(name, sequence=0, is_drained=True), StopInstance) == []
     [(again, _)] = dispatches(rig.report(name, returned=["r"], is_drained=True))
     assert again != name

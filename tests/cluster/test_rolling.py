@@ -122,8 +122,8 @@ def test_an_instance_that_is_to_be_restarted_is_not_retired() -> None:
 
 def test_of_a_node_that_wants_to_leave_they_are_drained_and_ended() -> None:
     rig = make()
-    rig.controller.retire(D)
-    rig.controller.retire(D)
+    rig.controller.roster.retire(D)
+    rig.controller.roster.retire(D)
     assert rig.controller.take_messages() == [(D, Drain())]
     assert of_type(rig.report(D, is_drained=True), StopInstance) == [StopInstance(D)]
 
