@@ -4,11 +4,13 @@ Fuel bounds what llguidance counts. What it does not count, such as whether the 
 is empty, can take years.
 """
 
+import os
 import signal
 import subprocess
 import sys
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
@@ -16,6 +18,9 @@ import msgspec
 from flowkv.errors import GrammarError
 from flowkv.grammar.worker import CPU_S, read_frame, write_frame
 from flowkv.types import Grammar
+
+# A worker has some 30 MiB. What a large grammar took stays in its heap, so one that has grown is followed by another.
+MAX_RESIDENT_BYTES = 56 * 2**20
 
 
 @dataclass(slots=True, weakref_slot=True)
@@ -45,6 +50,8 @@ class Sandbox:
             verdict = None
         if verdict is None:
             raise GrammarError(_how(worker.process.wait()))
+        if _resident_bytes(worker.process.pid) > MAX_RESIDENT_BYTES:
+            self._worker = None
         if verdict:
             raise GrammarError(verdict.decode())
 
@@ -66,6 +73,10 @@ def _how(code: int) -> str:
     if code == -signal.SIGPROF:
         return f"it takes more than {CPU_S} s to compile"
     return f"the process that compiles it ended with code {code}: it takes too much memory, perhaps"
+
+
+def _resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

@@ -61,6 +61,19 @@ def test_a_process_that_was_killed_meanwhile_is_replaced() -> None:
     sandbox.check(grammar("regex", "[0-9]+"))
 
 
+def test_a_process_that_has_grown_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    sandbox = Sandbox(small_tokenizer(decoders.ByteLevel()))
+    sandbox.check(grammar("regex", "[0-9]+"))
+    assert sandbox._worker is not None
+    pid = sandbox._worker.process.pid
+    monkeypatch.setattr("flowkv.grammar.sandbox.MAX_RESIDENT_BYTES", 2**20)
+    with pytest.raises(GrammarError, match="look-around"):
+        sandbox.check(grammar("regex", "(?=a)"))
+    gc.collect()
+    assert not Path(f"/proc/{pid}").exists()
+    sandbox.check(grammar("regex", "[0-9]+"))
+
+
 def test_no_code_of_the_current_directory_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "llguidance.py").write_text("import pathlib; pathlib.Path('was_run').touch()")
     monkeypatch.chdir(tmp_path)
