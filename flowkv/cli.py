@@ -50,6 +50,7 @@ def _join(args: argparse.Namespace) -> None:
         model=args.model,
         address=args.address,
         cluster_key_file=args.cluster_key_file,
+        timeout_s=args.timeout,
         overrides=_overrides(args),
     )
     given = {"level": args.log_level, "format": args.log_format}
@@ -148,6 +149,9 @@ def _add_join(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     join.add_argument("--count", type=count, default=1, metavar="N", help="instances here (default: 1)")
     join.add_argument(
         "--address", metavar="HOST", help="of this node, for the others (default: that of the route to the controller)"
+    )
+    join.add_argument(
+        "--timeout", type=_positive_seconds, default=10.0, metavar="SECONDS", help="for an answer (default: 10)"
     )
     _add_key_file(join)
     _add_logging(join, ClusterConfig().logging)

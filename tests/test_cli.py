@@ -80,7 +80,7 @@ def test_another_node_needs_an_address_and_a_key(tmp_path: Path) -> None:
             ((*listen, busy, *key), "Address already in use"),
             (joining, "joining takes the cluster's key"),
             ((*joining, "--address", "192.0.2.1", *key), "192.0.2.1, which must be an address of this node"),
-            ((*joining, *key), "within 10 s: no controller listens there"),
+            ((*joining, "--timeout", "0.5", *key), "within 0.5 s: no controller listens there"),
         ]
         for arguments, words in mistakes:
             result = flowkv(*arguments)

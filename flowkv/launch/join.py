@@ -34,7 +34,6 @@ from flowkv.types import Role
 from flowkv.wire import Mailbox, tcp_address
 
 CARETAKER = "caretaker"
-_JOIN_TIMEOUT_S = 10.0
 _BEAT_S = 1.0
 
 
@@ -46,6 +45,7 @@ class JoinOptions:
     model: str | None = None  # where the model is on this node, if not at the path that the cluster names
     address: str | None = None  # by which the other nodes reach this one
     cluster_key_file: Path | None = None
+    timeout_s: float = 10.0  # for the controller to answer, which may start later than this node
     overrides: dict[str, Any] = field(default_factory=dict)  # of the cluster's configuration, for this node
 
 
@@ -110,12 +110,13 @@ class _Membership:
 
     def _ask(self) -> Welcome:
         """Until the controller answers, which may start later than this."""
-        deadline_s = time.monotonic() + _JOIN_TIMEOUT_S
+        deadline_s = time.monotonic() + self._options.timeout_s
         while self._welcome is None:
             if time.monotonic() >= deadline_s:
                 raise ConfigError(
-                    f"no answer from {self._options.controller} within {_JOIN_TIMEOUT_S:.0f} s: no controller listens "
-                    f"there or it cannot be reached (nor it this node, at {self._host}), or its cluster key is another"
+                    f"no answer from {self._options.controller} within {self._options.timeout_s:g} s: "
+                    "no controller listens there or it cannot be reached "
+                    f"(nor it this node, at {self._host}), or its cluster key is another"
                 )
             self._beat(self._join_message())
             self._wait()
