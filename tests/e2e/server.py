@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,7 +47,11 @@ class Launched:
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.wait_for_line(ready)
+        try:
+            self.wait_for_line(ready)
+        except BaseException:
+            self.close()
+            raise
 
     def wait_for_line(self, pattern: "re.Pattern[str]", after: int = 0) -> None:
         """Until a line from number `after` on matches."""
@@ -99,6 +103,11 @@ class Launched:
         return code
 
     def close(self) -> None:
+        """Whatever is left of it: a test that fails leaves nothing to those after it."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.wait()
         self._tmp.cleanup()
 
     def _read(self) -> None:
@@ -123,9 +132,16 @@ class Server(Launched):
     ) -> None:
         super().__init__(("serve", "--port", "0", *arguments), _SERVING, prefix, environment)
         found = [match[1] for line in self.lines if (match := _SERVING.search(line)) is not None]
-        assert found, "it does not serve:\n" + "".join(self.lines)
+        if not found:
+            super().close()
+            raise AssertionError("it does not serve:\n" + "".join(self.lines))
         self.url = found[0]
-        self.client = httpx.Client(base_url=self.url, timeout=60.0)
+        self.client = self._new_client()
+
+    def connect_anew(self, max_connections: int = 100) -> None:
+        """With a client that has no connection yet."""
+        self.client.close()
+        self.client = self._new_client(max_connections)
 
     def gauge(self, name: str) -> dict[str, float]:
         """A metric's value by instance."""
@@ -135,6 +151,10 @@ class Server(Launched):
     def close(self) -> None:
         self.client.close()
         super().close()
+
+    def _new_client(self, max_connections: int = 100) -> httpx.Client:
+        limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=20)
+        return httpx.Client(base_url=self.url, timeout=60.0, limits=limits)
 
 
 LaunchedT = TypeVar("LaunchedT", bound=Launched)
@@ -151,18 +171,18 @@ def serving(
 @contextmanager
 def cleared_up(launched: LaunchedT) -> Iterator[LaunchedT]:
     """Stop it at the end, and see that it leaves nothing behind."""
-    try:
-        yield launched
-    except BaseException:
-        print("".join(launched.lines))  # pytest shows it with the failure
-        raise
-    finally:
-        if launched.process.poll() is None:
-            launched.stop()
-        launched.wait()
-        assert launched.files() == [], "it has left files behind"
-        assert launched.processes() == [], "it has left processes behind"
-        launched.close()
+    with closing(launched):
+        try:
+            yield launched
+        except BaseException:
+            print("".join(launched.lines))  # pytest shows it with the failure
+            raise
+        finally:
+            if launched.process.poll() is None:
+                launched.stop()
+            launched.wait()
+            assert launched.files() == [], "it has left files behind"
+            assert launched.processes() == [], "it has left processes behind"
 
 
 def eventually(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:

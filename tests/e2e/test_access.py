@@ -64,14 +64,14 @@ def test_who_gets_in(server: Server, keys: dict[str, str]) -> None:
 
 def test_a_client_that_does_not_read_has_its_request_aborted_everywhere(server: Server, keys: dict[str, str]) -> None:
     body = '{"prompt": "hi", "max_tokens": 3000, "n": 32, "ignore_eos": true, "stream": true}'
-    client = socket.socket()
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    host, port = httpx.URL(server.url).host, httpx.URL(server.url).port
-    client.connect((host, port))
-    head = f"Host: localhost\r\nAuthorization: Bearer {keys['alice']}\r\nContent-Length: {len(body)}\r\n\r\n"
-    client.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}{body}".encode())
-    eventually(lambda: 'flowkv_rejections_total{reason="slow_reader"} 1.0' in metrics(server), "it was cut off", 60.0)
-    client.close()
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = httpx.URL(server.url).host, httpx.URL(server.url).port
+        client.connect((host, port))
+        head = f"Host: localhost\r\nAuthorization: Bearer {keys['alice']}\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}{body}".encode())
+        counted = 'flowkv_rejections_total{reason="slow_reader"} 1.0'
+        eventually(lambda: counted in metrics(server), "it was cut off", 60.0)
 
     def is_free() -> bool:
         used = re.findall(r"^flowkv_instance_blocks_used{.*} (\S+)$", metrics(server), re.M)

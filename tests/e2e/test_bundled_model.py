@@ -47,8 +47,6 @@ def tasks() -> list[RecallTask]:
 
 
 def recall(server: Server) -> list[str]:
-    openai_client = client(server)
-
     def ask(task: RecallTask) -> str:
         messages: Any = list(task.messages)
         answer = openai_client.chat.completions.create(
@@ -56,7 +54,7 @@ def recall(server: Server) -> list[str]:
         )  # fmt: skip
         return answer.choices[0].message.content or ""
 
-    with ThreadPoolExecutor(16) as pool:
+    with client(server) as openai_client, ThreadPoolExecutor(16) as pool:
         return list(pool.map(ask, tasks()))
 
 
@@ -97,27 +95,26 @@ def test_a_seed_gives_the_same_text_wherever_it_runs(pair: Server, mixed: Server
 
 
 def test_the_openai_client_does_chat_and_completions_streamed_and_not(pair: Server) -> None:
-    openai_client = client(pair)
-    messages: Any = [{"role": "user", "content": "copper = walrus\nanchor = finch\nRecall copper."}]
-    whole = openai_client.chat.completions.create(model=MODEL_NAME, messages=messages, max_tokens=12, temperature=0)
-    assert whole.choices[0].message.content == "copper = walrus"
-    assert whole.choices[0].finish_reason == "stop"
-    assert whole.usage is not None and whole.usage.total_tokens > whole.usage.prompt_tokens
+    with client(pair) as openai_client:
+        messages: Any = [{"role": "user", "content": "copper = walrus\nanchor = finch\nRecall copper."}]
+        whole = openai_client.chat.completions.create(model=MODEL_NAME, messages=messages, max_tokens=12, temperature=0)
+        assert whole.choices[0].message.content == "copper = walrus"
+        assert whole.choices[0].finish_reason == "stop"
+        assert whole.usage is not None and whole.usage.total_tokens > whole.usage.prompt_tokens
 
-    stream = openai_client.chat.completions.create(
-        model=MODEL_NAME, messages=messages, max_tokens=12, temperature=0, stream=True,
-        stream_options={"include_usage": True},
-    )  # fmt: skip
-    chunks = list(stream)
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "copper = walrus"
-    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+        stream = openai_client.chat.completions.create(
+            model=MODEL_NAME, messages=messages, max_tokens=12, temperature=0, stream=True,
+            stream_options={"include_usage": True},
+        )  # fmt: skip
+        chunks = list(stream)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "copper = walrus"
+        assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 
-    completion = openai_client.completions.create(model=MODEL_NAME, prompt="JULIET:\n", max_tokens=20, temperature=0)
-    pieces = openai_client.completions.create(
-        model=MODEL_NAME, prompt="JULIET:\n", max_tokens=20, temperature=0, stream=True
-    )  # fmt: skip
-    assert "".join(piece.choices[0].text for piece in pieces) == completion.choices[0].text
-    assert [model.id for model in openai_client.models.list()] == [MODEL_NAME]
+        verse: Any = {"model": MODEL_NAME, "prompt": "JULIET:\n", "max_tokens": 20, "temperature": 0}
+        completion = openai_client.completions.create(**verse)
+        pieces = openai_client.completions.create(**verse, stream=True)
+        assert "".join(piece.choices[0].text for piece in pieces) == completion.choices[0].text
+        assert [model.id for model in openai_client.models.list()] == [MODEL_NAME]
 
 
 def test_echo_with_logprobs_scores_the_prompt(pair: Server) -> None:

@@ -33,8 +33,7 @@ def check_answers(server: Server, seed: int) -> None:
 
 def connect_anew(server: Server) -> None:
     """The connections of its client have ended with the frontend; the address is the same."""
-    server.client.close()
-    server.client = httpx.Client(base_url=server.url, timeout=60.0)
+    server.connect_anew()
     eventually(lambda: server.client.get("/ready").status_code == 200, "it is ready again")
 
 
@@ -136,7 +135,7 @@ def test_a_controller_or_frontend_that_hangs_is_killed_and_another_takes_its_pla
 
 def test_streams_flow_on_while_the_controller_is_killed_and_started_again() -> None:
     with serving(*CHECKED, *SLOW_STEPS, "--decode", "2") as server:
-        body = {"prompt": [3] * 40, "max_tokens": 300, "temperature": 0.0}
+        body = {"prompt": [3] * 40, "max_tokens": 200, "temperature": 0.0}
         [expected] = toy_tokens({"r": body})["r"]
         with ThreadPoolExecutor(4) as pool:
             answers = [pool.submit(complete, server, body) for _ in range(4)]
@@ -185,10 +184,9 @@ def test_a_killed_fork_server_is_replaced_when_the_next_instance_is_started() ->
 
 @pytest.mark.parametrize("first", ["controller", "frontend", "fork server"])
 def test_a_killed_launcher_leaves_nothing_behind_whatever_was_killed_before(first: str) -> None:
-    server = Server(*CHECKED)
-    os.kill(fork_server_of(server, "decode-0") if first == "fork server" else server.pid_of(first), signal.SIGKILL)
-    server.process.send_signal(signal.SIGKILL)
-    server.wait()
-    eventually(lambda: server.processes() == [], "every process is gone")
-    eventually(lambda: server.files() == [], "the run folder is gone")
-    server.close()
+    with serving(*CHECKED) as server:
+        os.kill(fork_server_of(server, "decode-0") if first == "fork server" else server.pid_of(first), signal.SIGKILL)
+        server.process.send_signal(signal.SIGKILL)
+        server.wait()
+        eventually(lambda: server.processes() == [], "every process is gone")
+        eventually(lambda: server.files() == [], "the run folder is gone")

@@ -37,7 +37,9 @@ def instances(server: Server) -> set[str]:
 
 def check_answers(server: Server, seed: int) -> None:
     requests = make_requests(8, seed)
-    assert {name: complete(server, body) for name, body in requests.items()} == toy_tokens(requests)
+    with ThreadPoolExecutor(4) as pool:
+        answers = dict(zip(requests, pool.map(lambda body: complete(server, body), requests.values()), strict=True))
+    assert answers == toy_tokens(requests)
 
 
 def test_the_launcher_adds_an_instance_and_ends_it_for_good(server: Server) -> None:
@@ -125,7 +127,7 @@ def test_a_cluster_grows_under_load_and_shrinks_after_it_and_every_request_is_an
     bounds = ("--min-instances", "2", "--max-instances", "3")
     slow = ("--set", "toy_step_s=0.02")  # so that a few clients are too many
     with serving(*TOY, *HASTY, *slow, *bounds, "--prefill", "1", "--decode", "1") as server:
-        server.client = httpx.Client(base_url=server.url, timeout=60.0, limits=httpx.Limits(max_connections=200))
+        server.connect_anew(max_connections=200)
         with clients(server, 30, long_requests(8)):
             server.wait_for_line(re.compile("added "))
             eventually(lambda: len(instances(server)) == 3, "it is known")
@@ -140,7 +142,7 @@ def test_a_cluster_grows_under_load_and_shrinks_after_it_and_every_request_is_an
 def test_what_would_come_too_late_is_refused_at_once_with_a_time_to_come_back() -> None:
     promise = ("--slo-ttft", "1", "--admission")
     with serving(*TOY, *promise, "--prefill", "1", "--decode", "1") as server:
-        server.client = httpx.Client(base_url=server.url, timeout=60.0, limits=httpx.Limits(max_connections=200))
+        server.connect_anew(max_connections=200)
         requests = long_requests(8)
         expected = toy_tokens(requests)
         names = list(itertools.islice(itertools.cycle(requests), 200))

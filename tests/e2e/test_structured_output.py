@@ -32,14 +32,14 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 
 def complete(server: Server, **options: Any) -> list[openai.types.CompletionChoice]:
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120.0, max_retries=0)
     extra = {name: options.pop(name) for name in list(options) if name not in STANDARD}
     chosen: dict[str, Any] = {"max_tokens": 300, "temperature": 1.0, "seed": 3} | options
-    model = client.models.list().data[0].id
-    answer: openai.types.Completion = client.completions.create(
-        model=model, prompt="A person:", extra_body=extra, **chosen
-    )
-    return answer.choices
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120.0, max_retries=0) as client:
+        model = client.models.list().data[0].id
+        answer: openai.types.Completion = client.completions.create(
+            model=model, prompt="A person:", extra_body=extra, **chosen
+        )
+        return answer.choices
 
 
 def test_every_choice_follows_its_schema(server: Server) -> None:

@@ -172,13 +172,12 @@ def test_a_signal_while_a_breakdown_is_cleared_up_leaves_nothing_behind() -> Non
 
 
 def test_killing_the_launcher_leaves_no_process_and_no_memory_behind() -> None:
-    server = Server(*CHECKED)
-    assert len(server.processes()) >= 5
-    server.process.send_signal(signal.SIGKILL)
-    server.wait()
-    eventually(lambda: server.processes() == [], "every process is gone")
-    eventually(lambda: server.files() == [], "the run folder is gone")
-    server.close()
+    with serving(*CHECKED) as server:
+        assert len(server.processes()) >= 5
+        server.process.send_signal(signal.SIGKILL)
+        server.wait()
+        eventually(lambda: server.processes() == [], "every process is gone")
+        eventually(lambda: server.files() == [], "the run folder is gone")
 
 
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])

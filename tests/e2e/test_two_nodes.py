@@ -175,7 +175,8 @@ def test_a_node_may_come_before_the_cluster(nodes: Nodes) -> None:
 
 def test_another_key_lets_nobody_in(nodes: Nodes) -> None:
     with nodes.serving(*CHECKED, "--mixed", "1") as server:
-        with cleared_up(nodes.join("--role", "mixed", key=new_key(), ready=re.compile("error"))) as other:
+        mistaken = nodes.join("--role", "mixed", "--timeout", "3", key=new_key(), ready=re.compile("error"))
+        with cleared_up(mistaken) as other:
             assert other.wait() == 1
         assert "its cluster key is another" in other.lines[-1]
         refused = [line for line in server.lines if "turned away" in line]
@@ -235,6 +236,6 @@ def held_by(server: Server, instance: str) -> "Iterator[Future[str]]":
 
 
 def stream(server: Server) -> str:
-    body: dict[str, Any] = {"prompt": "hello", "max_tokens": 400, "stream": True}
+    body: dict[str, Any] = {"prompt": "hello", "max_tokens": 150, "stream": True}
     with server.client.stream("POST", "/v1/completions", json=body) as response:
         return response.read().decode()
