@@ -1,5 +1,6 @@
 """Settings of every test: no network, one thread a process, no time limits inside Hypothesis."""
 
+import gc
 import os
 
 # Before torch, numba or a tokenizer is imported: the machine's two cores are shared by the processes under test.
@@ -10,8 +11,13 @@ from hypothesis import settings
 
 from tests.effort import THOROUGH
 
+gc.disable()  # until all tests are imported: what could be freed by then is not worth the search
+
 settings.register_profile("flowkv", deadline=None, print_blob=True)
 settings.load_profile("flowkv")
+
+# They start servers and wait for them, up to minutes a file; the rest, seconds each, lets all workers end together.
+_FIRST = ("tests/e2e/test_two_nodes.py", "tests/e2e/", "tests/heavy/", "tests/browser/", "tests/test_cli.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -20,7 +26,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+    items.sort(key=_place)
     _skip_gpu(items)
+
+
+def _place(item: pytest.Item) -> int:
+    return next((i for i, start in enumerate(_FIRST) if item.nodeid.startswith(start)), len(_FIRST))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays, and is not looked at again
+    gc.enable()
 
 
 def _skip_gpu(items: list[pytest.Item]) -> None:
