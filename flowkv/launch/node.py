@@ -87,7 +87,7 @@ class Node:
     def preload(self, config: ClusterConfig) -> Any:
         """Let instances be forked with what they need loaded; the way to start processes that need no torch."""
         self.children.logging = config.logging
-        self._forkserver.set_forkserver_preload(_TOY_MODULES if config.toy else ["flowkv.engine.torch_model"])
+        self._forkserver.set_forkserver_preload(_TOY_MODULES if config.toy else ["flowkv.engine.preload"])
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{self.run_folder}/inductor")  # not beside it
         return self._forkserver if config.toy else multiprocessing.get_context("spawn")
 
