@@ -4,7 +4,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from urllib.parse import urlsplit
 
 import pytest
@@ -27,13 +27,23 @@ def mailbox() -> Iterator[Mailbox]:
     context.term()
 
 
+@pytest.fixture
+def context() -> Iterator[SyncContext]:
+    """Of strangers. Whatever a test that fails has left open ends with it."""
+    context = SyncContext()
+    yield context
+    context.destroy(linger=0)
+
+
 @contextmanager
 def sending(key: ClusterKey) -> Iterator[Outbox]:
     context = SyncContext()
     outbox = Outbox(context, key)
-    yield outbox
-    outbox.close(linger_s=0)
-    context.term()
+    try:
+        yield outbox
+    finally:
+        outbox.close(linger_s=0)
+        context.term()
 
 
 def port_of(address: str) -> int:
@@ -110,12 +120,10 @@ def say(mailbox: Mailbox, data: bytes) -> None:
 
 
 def test_what_was_captured_on_the_wire_can_be_neither_read_nor_replayed(mailbox: Mailbox) -> None:
-    tap = Tap(port_of(mailbox.address))
-    with sending(KEY) as outbox:
+    with closing(Tap(port_of(mailbox.address))) as tap, sending(KEY) as outbox:
         for _ in range(2):
             outbox.send(tap.address, m.Note(SECRET))
         assert received(mailbox, 2) == [m.Note(SECRET)] * 2
-    tap.close()
     assert len(tap.sent) > 2 * len(SECRET)
     assert SECRET.encode() not in tap.sent + tap.answered
     say(mailbox, bytes(tap.sent))
@@ -125,11 +133,9 @@ def test_what_was_captured_on_the_wire_can_be_neither_read_nor_replayed(mailbox:
 
 def test_frames_that_are_changed_on_their_way_are_no_messages(mailbox: Mailbox) -> None:
     """One bit of every seventh byte of a recorded connection."""
-    tap = Tap(port_of(mailbox.address))
-    with sending(KEY) as outbox:
+    with closing(Tap(port_of(mailbox.address))) as tap, sending(KEY) as outbox:
         outbox.send(tap.address, m.Note(SECRET))
         assert received(mailbox) == [m.Note(SECRET)]
-    tap.close()
     positions = range(0, len(tap.sent), 7)
     for position in positions:
         forged = bytearray(tap.sent)
@@ -171,8 +177,9 @@ def knows_the_public_half(context: SyncContext, address: str) -> zmq.SyncSocket:
 
 
 @pytest.mark.parametrize("stranger", [shows_nothing, shows_another_clusters_key, knows_the_public_half])
-def test_strangers_are_counted(mailbox: Mailbox, stranger: Callable[[SyncContext, str], zmq.SyncSocket]) -> None:
-    context = SyncContext()
+def test_strangers_are_counted(
+    mailbox: Mailbox, context: SyncContext, stranger: Callable[[SyncContext, str], zmq.SyncSocket]
+) -> None:
     knocking = stranger(context, mailbox.address)
     knocking.linger = 0
     knocking.connect(mailbox.address)
@@ -181,11 +188,11 @@ def test_strangers_are_counted(mailbox: Mailbox, stranger: Callable[[SyncContext
     assert counted.num_connections >= 1 and counted.num_messages == 0
     assert mailbox.receive_all() == []
     knocking.close()
-    context.term()
 
 
-def test_what_a_member_sends_and_makes_no_sense_is_counted(mailbox: Mailbox, caplog: pytest.LogCaptureFixture) -> None:
-    context = SyncContext()
+def test_what_a_member_sends_and_makes_no_sense_is_counted(
+    mailbox: Mailbox, context: SyncContext, caplog: pytest.LogCaptureFixture
+) -> None:
     member = context.socket(zmq.PUSH)
     KEY.identify(member)
     member.connect(mailbox.address)
@@ -197,4 +204,3 @@ def test_what_a_member_sends_and_makes_no_sense_is_counted(mailbox: Mailbox, cap
     assert mailbox.take_turned_away("p0") is None
     assert len(caplog.records) == 1  # a log is not to be flooded
     member.close(linger=0)
-    context.term()

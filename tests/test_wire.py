@@ -1,6 +1,6 @@
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -152,8 +152,11 @@ def test_deep_nesting_is_a_protocol_error() -> None:
 
 
 @pytest.fixture
-def context() -> "zmq.Context[zmq.SyncSocket]":
-    return zmq.Context()
+def context() -> "Iterator[zmq.Context[zmq.SyncSocket]]":
+    """Whatever a test that fails has left open ends with it."""
+    context: SyncContext = zmq.Context()
+    yield context
+    context.destroy(linger=0)
 
 
 def test_mailbox_gets_what_outboxes_send_in_order(context: SyncContext, tmp_path: Path) -> None:

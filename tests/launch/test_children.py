@@ -12,6 +12,7 @@ import zmq
 
 from flowkv.launch import children
 from flowkv.launch.children import Child, Children, NotStarted
+from tests.e2e.server import pause
 
 
 @pytest.fixture
@@ -90,6 +91,6 @@ def test_who_does_not_heed_it_is_killed(started: tuple[Children, Child], monkeyp
     monkeypatch.setattr(children, "_STOP_TIMEOUT_S", 0.05)
     some, child = started
     assert child.process.pid is not None
-    os.kill(child.process.pid, signal.SIGSTOP)
+    pause(child.process.pid)
     some.stop(child.name)
     assert ends_of(some) == ["was killed by SIGKILL"]

@@ -1,7 +1,8 @@
 import os
 import select
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -44,13 +45,24 @@ class Side:
 
 
 @pytest.fixture
-def sides(tmp_path: Path) -> Iterator[tuple[Side, Side]]:
-    p, d = Side(tmp_path, "p"), Side(tmp_path, "d")
+def side(tmp_path: Path) -> Iterator[Callable[..., Side]]:
+    """Makes one, which is closed at the end."""
+    with ExitStack() as stack:
+
+        def make(name: str, **options: int) -> Side:
+            made = Side(tmp_path, name, **options)
+            stack.callback(made.transfer.close)
+            return made
+
+        yield make
+
+
+@pytest.fixture
+def sides(side: Callable[..., Side]) -> tuple[Side, Side]:
+    p, d = side("p"), side("d")
     p.transfer.connect("d", d.transfer.descriptor)
     d.transfer.connect("p", p.transfer.descriptor)
-    yield p, d
-    p.transfer.close()
-    d.transfer.close()
+    return p, d
 
 
 def test_runs_land_where_they_should_and_are_counted_in_blocks(sides: tuple[Side, Side]) -> None:
@@ -96,24 +108,20 @@ def test_a_peer_that_closes_is_no_error_for_the_writer(sides: tuple[Side, Side])
     assert p.wait(1, 0)[0][0].ticket == 1
 
 
-def test_a_writer_that_gives_up_while_it_connects_does_not_stop_the_others(tmp_path: Path) -> None:
-    p, d = Side(tmp_path, "p"), Side(tmp_path, "d")
+def test_a_writer_that_gives_up_while_it_connects_does_not_stop_the_others(side: Callable[..., Side]) -> None:
+    p, d = side("p"), side("d")
     for _ in range(20):
-        impatient = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        impatient.connect(d.address)
-        impatient.close()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as impatient:
+            impatient.connect(d.address)
     p.transfer.connect("d", d.transfer.descriptor)
     p.transfer.submit(1, "d", [Run(0, 0, 1)], immediate=5)
     assert d.wait(0, 1)[1] == [Arrived(5, 1)]
-    p.transfer.close()
-    d.transfer.close()
 
 
-def test_blocks_of_another_size_are_refused_at_the_connection(tmp_path: Path) -> None:
-    d = Side(tmp_path, "d", block_bytes=4096)
+def test_blocks_of_another_size_are_refused_at_the_connection(side: Callable[..., Side]) -> None:
+    d = side("d", block_bytes=4096)
     with pytest.raises(TransferError, match="4096 bytes"):
         attach(d.address, BLOCK_BYTES)
-    d.transfer.close()
 
 
 def test_no_pool_at_an_address_is_a_clear_error(tmp_path: Path) -> None:
@@ -121,24 +129,21 @@ def test_no_pool_at_an_address_is_a_clear_error(tmp_path: Path) -> None:
         attach(str(tmp_path / "nobody"), BLOCK_BYTES)
 
 
-def test_a_write_waits_for_a_peer_that_comes_late(tmp_path: Path) -> None:
-    p = Side(tmp_path, "p")
+def test_a_write_waits_for_a_peer_that_comes_late(side: Callable[..., Side], tmp_path: Path) -> None:
+    p = side("p")
     p.transfer.connect("d", at(tmp_path / "d"))
     p.transfer.submit(1, "d", [Run(2, 3, 1)], immediate=5)
-    d = Side(tmp_path, "d")
+    d = side("d")
     assert d.wait(0, 1)[1] == [Arrived(5, 1)]
     assert p.wait(1, 0)[0][0].num_bytes == BLOCK_BYTES
-    p.transfer.close()
-    d.transfer.close()
 
 
-def test_a_peer_that_never_comes_does_not_keep_anyone_from_closing(tmp_path: Path) -> None:
-    p = Side(tmp_path, "p")
+def test_a_peer_that_never_comes_does_not_keep_anyone_from_closing(side: Callable[..., Side], tmp_path: Path) -> None:
+    p = side("p")
     p.transfer.connect("d", at(tmp_path / "nobody"))
     p.transfer.submit(1, "d", [Run(0, 0, 1)], immediate=5)
     p.transfer.disconnect("d")
     assert [(w.ticket, w.num_bytes) for w in p.wait(1, 0)[0]] == [(1, 0)]
-    p.transfer.close()
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 4096, 512 << 10, (512 << 10) + 1, 3 * (512 << 10) - 1, 5 << 20])
