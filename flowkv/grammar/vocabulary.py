@@ -11,6 +11,7 @@ from tokenizers.decoders import Decoder
 from flowkv.errors import GrammarError
 from flowkv.model_files import eos_token_ids, load_tokenizer
 
+SMALL_END = "<|end|>"  # of a small tokenizer
 BYTE_END_ID = 0xFF  # of toy serving: no text in UTF-8 holds this byte
 
 
@@ -38,6 +39,14 @@ class Vocabulary:
         """Of toy serving, where a token is a byte."""
         return Vocabulary(LLTokenizer(TokenizerWrapper(_Bytes())))
 
+    @classmethod
+    def of_small(cls, tokenizer: str) -> "Vocabulary":
+        """As `small_tokenizer` makes it."""
+        known = Tokenizer.from_str(tokenizer)
+        end_id = known.token_to_id(SMALL_END)
+        assert end_id is not None
+        return cls(_tokens(known, frozenset({end_id}), known.get_vocab_size()))
+
 
 def small_tokenizer(decoder: Decoder, added: Iterable[str] = ()) -> str:
     """The JSON of a tokenizer of bytes, and of the `added` tokens of a model, which a grammar can name.
@@ -49,7 +58,7 @@ def small_tokenizer(decoder: Decoder, added: Iterable[str] = ()) -> str:
     pieces = [*alphabet, *(f"<0x{byte:02X}>" for byte in range(256))]  # whichever of them the decoder knows as bytes
     small = Tokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[]))
     small.decoder = decoder
-    small.add_special_tokens(["<|end|>", *added])
+    small.add_special_tokens([SMALL_END, *added])
     _tokens(small, frozenset({len(pieces)}), small.get_vocab_size())
     return small.to_str()
 

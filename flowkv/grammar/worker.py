@@ -6,7 +6,6 @@ import sys
 from typing import BinaryIO
 
 import msgspec
-from llguidance import LLTokenizer
 
 from flowkv.errors import GrammarError
 from flowkv.grammar.compiler import compile_grammar
@@ -27,7 +26,7 @@ def main() -> None:
     vocabulary = None
     while (frame := read_frame(sys.stdin.buffer)) is not None:
         if vocabulary is None:
-            vocabulary = Vocabulary(LLTokenizer(frame.decode()))
+            vocabulary = Vocabulary.of_small(frame.decode())
             continue
         signal.setitimer(signal.ITIMER_PROF, CPU_S)  # its signal ends the process, wherever it is
         verdict = _verdict(_decoder.decode(frame), vocabulary)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from llguidance import LLTokenizer
-from tokenizers import decoders
+from tokenizers import Tokenizer, decoders
 
 from flowkv.bundled import MODEL_FOLDER
 from flowkv.errors import GrammarError
@@ -30,6 +30,15 @@ def small() -> str:
     tokenizer = load_tokenizer(MODEL_FOLDER)
     added = tokenizer.get_added_tokens_decoder().values()
     return small_tokenizer(tokenizer.decoder, [token.content for token in added])
+
+
+def test_any_character_may_be_the_first_of_an_answer() -> None:
+    """None of them is taken for the end of a small tokenizer."""
+    sandbox = Sandbox(small_tokenizer(decoders.ByteLevel()))
+    for code in range(0x20, 0x7F):
+        sandbox.check(grammar("choice", json.dumps([chr(code)])))
+    small = small_tokenizer(decoders.ByteLevel(), ["<a>"])
+    assert Vocabulary.of_small(small).end_ids == {Tokenizer.from_str(small).token_to_id("<|end|>")}
 
 
 def test_one_process_compiles_them_all_and_ends_with_its_sandbox() -> None:
