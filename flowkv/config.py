@@ -16,6 +16,7 @@ TOOL_PARSERS = (
     "auto", "hermes", "llama3_json", "mistral", "qwen3_coder", "glm45", "deepseek_v3", "kimi_k2", "granite",
     "phi4_mini_json", "nemotron", "jamba",
 )  # fmt: skip
+REASONING_PARSERS = ("auto", "none", "think", "deepseek_r1", "granite", "kimi", "mistral", "seed_oss")
 ROLE_POLICIES = ("flexible", "fixed")
 POLICIES = ("predicted_latency", "least_loaded")
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -181,6 +182,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_body_bytes: int = 8 * 2**20
     drain_timeout_s: float = 30.0  # what runs has so long to finish when the server is told to stop; 0: no time
     tool_parser: str = "auto"  # how the model writes tool calls: as its chat template shows, or one of TOOL_PARSERS
+    reasoning_parser: str = (
+        "auto"  # how it marks its thoughts, likewise; one of REASONING_PARSERS, "none": not told apart
+    )
 
     def __post_init__(self) -> None:
         for name, port in (("port", self.port), ("admin_port", self.admin_port)):
@@ -192,6 +196,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError(f"server.max_body_bytes is at least 1, not {self.max_body_bytes}")
         if self.tool_parser not in TOOL_PARSERS:
             raise ValueError(f"server.tool_parser is one of {', '.join(TOOL_PARSERS)}, not {self.tool_parser!r}")
+        if self.reasoning_parser not in REASONING_PARSERS:
+            names = ", ".join(REASONING_PARSERS)
+            raise ValueError(f"server.reasoning_parser is one of {names}, not {self.reasoning_parser!r}")
         if not 1024 <= self.max_header_bytes <= 2**20:
             raise ValueError(f"server.max_header_bytes is from 1024 to 1048576, not {self.max_header_bytes}")
         if (self.tls_cert_file is None) != (self.tls_key_file is None):

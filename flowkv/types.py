@@ -62,10 +62,14 @@ class GrammarKind(StrEnum):
 
 
 class Grammar(msgspec.Struct, frozen=True, kw_only=True):
-    """What an output must be. Each instance compiles it from this text and finds its state from the output's ids."""
+    """What an output must be. Each instance compiles it from this text and finds its state from the output's ids.
+
+    `lead` is Lark for what comes first, ending with the answer that is bound (`@answer`); empty: nothing does.
+    """
 
     kind: GrammarKind
     text: str = ""
+    lead: str = ""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):

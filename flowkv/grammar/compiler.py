@@ -1,7 +1,7 @@
 """From the text of a grammar to a matcher, within bounds: a text from a stranger costs little, whatever it says."""
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from llguidance import LLMatcher, LLParserLimits, grammar_from
@@ -21,6 +21,10 @@ _ANY_OBJECT = '{"type":"object"}'
 # A space, or a new line and its indentation: a model that likes white space would go on with it until max_tokens.
 # oneOf is anyOf: whether an answer fits two branches is known only where it ends.
 _JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"\x20|\x0A[\x20\x09]{0,20}", "coerce_one_of": True}
+
+
+class _Source(msgspec.Struct):
+    grammars: Annotated[list[dict[str, Any]], msgspec.Meta(min_length=1)]
 
 
 def limits() -> LLParserLimits:
@@ -47,20 +51,35 @@ def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> LLMatcher:
 def _source(grammar: Grammar) -> str:
     """In llguidance's own form."""
     try:
-        match grammar.kind:
-            case GrammarKind.JSON_OBJECT:
-                return LLMatcher.grammar_from_json_schema(_ANY_OBJECT, _JSON_OPTIONS)
-            case GrammarKind.JSON_SCHEMA:
-                return LLMatcher.grammar_from_json_schema(grammar.text, _JSON_OPTIONS)
-            case GrammarKind.CHOICE:
-                return grammar_from("choice", _choices(grammar.text))
-            case GrammarKind.REGEX:
-                return LLMatcher.grammar_from_regex(grammar.text)
-            case GrammarKind.GRAMMAR:
-                _check_tokens(grammar.text)
-                return grammar_from("grammar", grammar.text)
+        return _led(grammar.lead, _answer(grammar))
     except ValueError as error:
         raise GrammarError(one_line(str(error))) from error
+
+
+def _answer(grammar: Grammar) -> str:
+    match grammar.kind:
+        case GrammarKind.JSON_OBJECT:
+            return LLMatcher.grammar_from_json_schema(_ANY_OBJECT, _JSON_OPTIONS)
+        case GrammarKind.JSON_SCHEMA:
+            return LLMatcher.grammar_from_json_schema(grammar.text, _JSON_OPTIONS)
+        case GrammarKind.CHOICE:
+            return grammar_from("choice", _choices(grammar.text))
+        case GrammarKind.REGEX:
+            return LLMatcher.grammar_from_regex(grammar.text)
+        case GrammarKind.GRAMMAR:
+            _check_tokens(grammar.text)
+            return grammar_from("grammar", grammar.text)
+
+
+def _led(lead: str, source: str) -> str:
+    """Several grammars in one: llguidance has them in JSON, where its own form of one may be plain Lark."""
+    if not lead:
+        return source
+    grammars = (
+        msgspec.json.decode(source, type=_Source).grammars if source.startswith("{") else [{"lark_grammar": source}]
+    )
+    answer, *others = grammars
+    return msgspec.json.encode(_Source([{"lark_grammar": lead}, {**answer, "name": "answer"}, *others])).decode()
 
 
 def _check_tokens(text: str) -> None:

@@ -16,6 +16,7 @@ class Delta:
     choice: int  # counted over all prompts of the HTTP request
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    num_thought_tokens: int = 0  # that are known, with this, to belong to the thought; earlier ones may be among them
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None

@@ -26,7 +26,12 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def module_served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def server_config() -> ServerConfig:
+    return ServerConfig(max_body_bytes=MAX_BODY_BYTES)
+
+
+@pytest.fixture(scope="module")
+def module_served(tmp_path_factory: pytest.TempPathFactory, server_config: ServerConfig) -> Iterator[Served]:
     """The real HTTP server on a port of its own, in a thread, in front of a fake cluster."""
     folder = tmp_path_factory.mktemp("run")
     site = Site(ServerConfig(port=0, max_body_bytes=MAX_BODY_BYTES), LimitsConfig(), environ={})
@@ -38,7 +43,7 @@ def module_served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     async def serve(controller_address: str) -> None:
         mailbox, outbox = AsyncMailbox(context, f"ipc://{folder}/frontend"), Outbox(context)
         frontend = Frontend("f0", mailbox, outbox, controller_address, ByteTokenizer(), beat_s=0.02)
-        app = create_app(frontend, "toy", ServerConfig(max_body_bytes=MAX_BODY_BYTES))
+        app = create_app(frontend, "toy", server_config)
         servers.extend(site.servers(app, frontend.count_refused, started.set))
         receiving = asyncio.create_task(frontend.run())
         await servers[0].run_until_told()

@@ -30,6 +30,8 @@ class ToolCallDelta(msgspec.Struct, omit_defaults=True):
 class ChatDelta(msgspec.Struct, omit_defaults=True):
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None  # the same, by vLLM's name
     tool_calls: list[ToolCallDelta] | None = None
 
 
@@ -57,6 +59,8 @@ class ChatAnswer(msgspec.Struct):
     content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning_content: str | msgspec.UnsetType | None = msgspec.UNSET  # where thoughts are told apart
+    reasoning: str | msgspec.UnsetType | None = msgspec.UNSET  # the same, by vLLM's name
     tool_calls: list[ToolCallAnswer] | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -83,6 +87,7 @@ class ChatFormat(ChunkFormat):
         *,
         logprobs: bool,
         token_ids: bool,
+        reasoning: bool,
     ) -> None:
         super().__init__(head, stream_usage)
         self._tokenizer = tokenizer
@@ -90,6 +95,7 @@ class ChatFormat(ChunkFormat):
         self._plan = plan
         self._logprobs = logprobs
         self._token_ids = token_ids
+        self._reasoning = reasoning
         self._answers: dict[int, Answer] = {}  # of the choices that have begun
 
     def events(self, delta: Delta, usage: Usage) -> bytes:
@@ -119,12 +125,26 @@ class ChatFormat(ChunkFormat):
         part = answer.add(choice.text, choice.finish_reason)
         return ChatChoice(
             number,
-            _message(part),
+            self._message(part),
             self._shape(choice.logprobs),
             answer.finish_reason,
             choice.stop_reason,
             self._ids(choice.token_ids),
         )
+
+    def _message(self, part: AnswerPart) -> ChatAnswer:
+        """All of an answer is one part, in which every call begins."""
+        message = ChatAnswer(part.text)
+        if self._reasoning:
+            message.content = part.text or None
+            message.reasoning_content = message.reasoning = part.reasoning or None
+        if part.calls:
+            message.content = part.text or None
+            message.tool_calls = [
+                ToolCallAnswer(call.call_id or "", FunctionAnswer(call.name or "", call.arguments))
+                for call in part.calls
+            ]
+        return message
 
     def _opening(self, number: int, usage: Usage) -> bytes:
         """A choice begins with a chunk that has the role and no text; the first of them has the prompt's ids."""
@@ -146,15 +166,10 @@ def _delta(part: AnswerPart) -> ChatDelta:
         ToolCallDelta(call.index, FunctionDelta(call.arguments, call.name), call.call_id, call.call_id and "function")
         for call in part.calls
     ]
-    return ChatDelta(content=part.text if part.text or not calls else None, tool_calls=calls or None)
-
-
-def _message(part: AnswerPart) -> ChatAnswer:
-    """All of an answer is one part, in which every call begins."""
-    message = ChatAnswer(part.text)
-    if part.calls:
-        message.content = part.text or None
-        message.tool_calls = [
-            ToolCallAnswer(call.call_id or "", FunctionAnswer(call.name or "", call.arguments)) for call in part.calls
-        ]
-    return message
+    reasoning = part.reasoning or None
+    return ChatDelta(
+        content=part.text if part.text or not (reasoning or calls) else None,
+        reasoning_content=reasoning,
+        reasoning=reasoning,
+        tool_calls=calls or None,
+    )

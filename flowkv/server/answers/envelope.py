@@ -22,15 +22,23 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
     cached_tokens: int = 0  # stays 0: no KV outlives its request, so each prompt is computed anew
 
 
+class CompletionTokensDetails(msgspec.Struct):
+    reasoning_tokens: int = 0
+
+
 class Usage(msgspec.Struct):
+    """`completion_tokens_details` where thoughts are told apart."""
+
     prompt_tokens: int
     completion_tokens: int = 0
     total_tokens: int = 0
     prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
+    completion_tokens_details: CompletionTokensDetails | msgspec.UnsetType = msgspec.UNSET
 
-    def count(self, delta: Delta) -> None:
-        self.completion_tokens += len(delta.token_ids)
-        self.total_tokens = self.prompt_tokens + self.completion_tokens
+    @property
+    def reasoning_tokens(self) -> int:
+        details = self.completion_tokens_details
+        return 0 if details is msgspec.UNSET else details.reasoning_tokens
 
 
 class Envelope(msgspec.Struct, Generic[ChoiceT]):
@@ -51,6 +59,7 @@ class Collected:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    num_thought_tokens: int = 0  # the first of them
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
@@ -59,6 +68,7 @@ class Collected:
     def add(self, delta: Delta) -> None:
         self.text += delta.text
         self.token_ids += delta.token_ids
+        self.num_thought_tokens += delta.num_thought_tokens
         self.logprobs += delta.logprobs
         self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason

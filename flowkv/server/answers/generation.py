@@ -7,7 +7,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from flowkv.errors import RequestError
-from flowkv.server.answers.envelope import Collected, ResponseFormat, Usage
+from flowkv.server.answers.envelope import Collected, ResponseFormat
+from flowkv.server.answers.meter import TokenMeter
 from flowkv.server.choice import Delta
 from flowkv.server.records.timeline import server_timing
 from flowkv.server.stream import RequestStream
@@ -33,14 +34,14 @@ class GenerationResponse:
         self,
         stream: RequestStream,
         shape: ResponseFormat,
-        usage: Usage,
+        meter: TokenMeter,
         num_choices: int,
         *,
         streamed: bool,
     ) -> None:
         self._stream = stream
         self._shape = shape
-        self._usage = usage
+        self._meter = meter
         self._num_choices = num_choices
         self._streamed = streamed
         self._wants_timeline = False
@@ -66,7 +67,7 @@ class GenerationResponse:
         await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
         async for event in self._events(deltas):
             await send({"type": "http.response.body", "body": event, "more_body": True})
-        ending = self._shape.ending(self._usage)
+        ending = self._shape.ending(self._meter.usage)
         if self._wants_timeline:  # a comment of the stream: clients that do not know of it pass over it
             ending = b": server-timing " + self._server_timing() + b"\n\n" + ending
         await send({"type": "http.response.body", "body": ending, "more_body": False})
@@ -83,21 +84,21 @@ class GenerationResponse:
         return b"".join([self._show_one(delta) for delta in deltas])
 
     def _show_one(self, delta: Delta) -> bytes:
-        self._usage.count(delta)
-        return self._shape.events(delta, self._usage)
+        self._meter.count(delta)
+        return self._shape.events(delta, self._meter.usage)
 
     async def _send_whole(self, send: Send) -> None:
         choices = [Collected() for _ in range(self._num_choices)]
         async for deltas in self._stream:
             for delta in deltas:
-                self._usage.count(delta)
+                self._meter.count(delta)
                 choices[delta.choice].add(delta)
         reasons = {choice.finish_reason for choice in choices}
         if None in reasons:
             raise ClientDisconnect
         if FinishReason.ABORT in reasons:  # the server stops: a part must not be taken for the whole
             raise RequestError("the request was aborted", status=503, code="aborted")
-        body = self._shape.whole(choices, self._usage)
+        body = self._shape.whole(choices, self._meter.usage)
         headers = [*JSON_HEADERS, (b"content-length", str(len(body)).encode())]
         if self._wants_timeline:
             headers.append((b"server-timing", self._server_timing()))

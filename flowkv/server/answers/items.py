@@ -6,7 +6,7 @@ from typing import Any, Literal
 import msgspec
 
 from flowkv.server.answers.logprobs import ChatTokenLogprob
-from flowkv.server.tools.feed import Arguments, CallBegin, Piece, Text
+from flowkv.server.tools.feed import Arguments, CallBegin, Piece, Reasoning, Text
 from flowkv.server.tools.reader import call_id
 
 Status = Literal["in_progress", "completed", "incomplete"]
@@ -34,7 +34,19 @@ class OutputCall(msgspec.Struct, tag_field="type", tag="function_call"):
     status: Status = "in_progress"
 
 
-OutputItem = OutputMessage | OutputCall
+class ReasoningText(msgspec.Struct):
+    text: str = ""
+    type: Literal["reasoning_text"] = "reasoning_text"
+
+
+class OutputReasoning(msgspec.Struct, tag_field="type", tag="reasoning"):
+    id: str
+    content: list[ReasoningText]
+    status: Status = "in_progress"
+    summary: list[Any] = []  # there is none: the text is there
+
+
+OutputItem = OutputMessage | OutputReasoning | OutputCall
 Event = tuple[str, dict[str, Any]]  # its type, and its fields
 
 
@@ -47,13 +59,17 @@ class ResponseItems:
         self._is_open = False
         self._logprobs: list[ChatTokenLogprob] = []  # of text that is still held back
 
-    def take(self, pieces: list[Piece], logprobs: list[ChatTokenLogprob]) -> list[Event]:
+    def take(self, pieces: list[Piece], logprobs: list[ChatTokenLogprob], num_thought_tokens: int) -> list[Event]:
+        """Of the tokens whose text is not out, so many belong to a thought, which has no log probabilities."""
         self._logprobs += logprobs
+        del self._logprobs[:num_thought_tokens]
         events: list[Event] = []
         for piece in pieces:
             match piece:
                 case Text(text=text) if text:
                     events += self._take_text(text)
+                case Reasoning(text=text):
+                    events += self._take_reasoning(text)
                 case CallBegin(name=name):
                     events += self._begin_call(name)
                 case Arguments(text=text):
@@ -74,13 +90,23 @@ class ResponseItems:
         part.logprobs += logprobs
         return [*events, self._part_event("response.output_text.delta", delta=text, logprobs=logprobs)]
 
+    def _take_reasoning(self, text: str) -> list[Event]:
+        """A thought is the first of all."""
+        events = [] if self.items else self._open(OutputReasoning(f"rs_{uuid.uuid4().hex}", []), ReasoningText())
+        self._last.content[0].text += text
+        return [*events, self._part_event("response.reasoning_text.delta", delta=text)]
+
     def _open_message(self) -> list[Event]:
+        return self._open(OutputMessage(f"msg_{uuid.uuid4().hex}", []), OutputText())
+
+    def _open(self, item: OutputMessage | OutputReasoning, part: OutputText | ReasoningText) -> list[Event]:
+        """It is added before its part."""
         events = self._close_last("completed")
-        self.items.append(OutputMessage(f"msg_{uuid.uuid4().hex}", []))
+        self.items.append(item)
         self._is_open = True
         events.append(self._added())
-        self._last.content = [OutputText()]
-        return [*events, self._part_event("response.content_part.added", part=_copy(self._last.content[0]))]
+        self._last.content = [part]
+        return [*events, self._part_event("response.content_part.added", part=_copy(part))]
 
     def _begin_call(self, name: str) -> list[Event]:
         events = self._close_last("completed")
@@ -94,15 +120,17 @@ class ResponseItems:
         self._is_open = False
         item = self._last
         item.status = status
-        if isinstance(item, OutputCall):
-            events = [self._event("response.function_call_arguments.done", arguments=item.arguments, name=item.name)]
-        else:
-            part = item.content[0]
-            events = [
-                self._part_event("response.output_text.done", text=part.text, logprobs=part.logprobs),
-                self._part_event("response.content_part.done", part=part),
-            ]
-        return [*events, ("response.output_item.done", {"output_index": len(self.items) - 1, "item": item})]
+        return [*self._done(item), ("response.output_item.done", {"output_index": len(self.items) - 1, "item": item})]
+
+    def _done(self, item: OutputItem) -> list[Event]:
+        match item:
+            case OutputCall(arguments=arguments, name=name):
+                return [self._event("response.function_call_arguments.done", arguments=arguments, name=name)]
+            case OutputReasoning(content=[part]):
+                event = self._part_event("response.reasoning_text.done", text=part.text)
+            case OutputMessage(content=[part]):
+                event = self._part_event("response.output_text.done", text=part.text, logprobs=part.logprobs)
+        return [event, self._part_event("response.content_part.done", part=part)]
 
     @property
     def _last(self) -> Any:

@@ -17,7 +17,7 @@ from flowkv.types import FinishReason, TokenLogprobs
 
 
 class OutputTokensDetails(msgspec.Struct, frozen=True):
-    reasoning_tokens: int = 0  # reasoning is a part of the text
+    reasoning_tokens: int = 0
 
 
 class ResponsesUsage(msgspec.Struct):
@@ -74,7 +74,7 @@ class ResponsesFormat:
 
     def events(self, delta: Delta, usage: Usage) -> bytes:
         opening = b"" if self._num_events else self._encode(self._opening())
-        return opening + self._encode(self._take(delta.text, delta.logprobs, delta.finish_reason))
+        return opening + self._encode(self._take(delta))
 
     def failure(self, error: RequestError) -> bytes:
         self._response.status = "failed"
@@ -87,12 +87,14 @@ class ResponsesFormat:
 
     def whole(self, choices: list[Collected], usage: Usage) -> bytes:
         (choice,) = choices
-        self._take(choice.text, choice.logprobs, choice.finish_reason)
+        self._take(choice)
         self._finish(usage)
         return encode(self._response)
 
-    def _take(self, text: str, logprobs: list[TokenLogprobs], finish_reason: FinishReason | None) -> list[Event]:
-        events = self._items.take(self._answer.read(text, finish_reason), self._shape(logprobs))
+    def _take(self, new: Delta | Collected) -> list[Event]:
+        finish_reason = new.finish_reason
+        pieces = self._answer.read(new.text, finish_reason)
+        events = self._items.take(pieces, self._shape(new.logprobs), new.num_thought_tokens)
         if finish_reason is None:
             return events
         if finish_reason is FinishReason.ABORT:
@@ -109,7 +111,11 @@ class ResponsesFormat:
             self._items.close("incomplete")
         self._response.output = self._items.items
         self._response.usage = ResponsesUsage(
-            usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, usage.prompt_tokens_details
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            usage.total_tokens,
+            usage.prompt_tokens_details,
+            OutputTokensDetails(usage.reasoning_tokens),
         )
 
     def _opening(self) -> list[Event]:

@@ -37,8 +37,9 @@ class ChatApi:
             StreamUsage.of(body.stream_options),
             service.tokenizer,
             prompt.token_ids,
-            prompt.plan,
+            prompt.plan.tools,
             logprobs=bool(body.logprobs),
             token_ids=bool(body.return_token_ids),
+            reasoning=prompt.plan.new_counter is not None,
         )
-        return service.respond(body, requests, shape, arrival_s, prompt.plan.markers)
+        return service.respond(body, requests, shape, arrival_s, prompt.plan.tools.markers, prompt.plan.new_counter)

@@ -32,5 +32,5 @@ class ResponsesApi:
         prompt = await chat_prompt(service, chat, len(data))
         head = service.head("resp_", request)
         requests = service.requests(head, chat, [prompt.token_ids], prompt.binding)
-        shape = ResponsesFormat(head, body, service.tokenizer, prompt.plan)
-        return service.respond(chat, requests, shape, arrival_s, prompt.plan.markers)
+        shape = ResponsesFormat(head, body, service.tokenizer, prompt.plan.tools)
+        return service.respond(chat, requests, shape, arrival_s, prompt.plan.tools.markers, prompt.plan.new_counter)

@@ -11,14 +11,17 @@ from flowkv import types
 from flowkv.config import ServerConfig
 from flowkv.errors import RequestError
 from flowkv.server.access.request_id import request_id_of
-from flowkv.server.answers.envelope import Head, ResponseFormat, Usage
+from flowkv.server.answers.envelope import Head, ResponseFormat
 from flowkv.server.answers.generation import GenerationResponse
+from flowkv.server.answers.meter import TokenMeter
 from flowkv.server.api.grammar_check import GrammarCheck
 from flowkv.server.api.parameters import Binding, build_request
 from flowkv.server.bodies.generation import GenerationBody
 from flowkv.server.bodies.structured import Constraint
 from flowkv.server.frontend import Frontend
 from flowkv.server.live_request import TextOptions
+from flowkv.server.reasoning.counter import NewCounter
+from flowkv.server.reasoning.plan import ReasoningPlanner
 from flowkv.server.tools.plan import ToolPlanner
 
 INLINE_SIZE = 16384  # longer texts are tokenized in a thread, so that they do not hold up every open stream
@@ -33,6 +36,7 @@ class TextService:
         self.tokenizer = frontend.tokenizer
         self.model_name = model_name
         self.tool_planner = ToolPlanner(self.tokenizer, config.tool_parser)
+        self.reasoning_planner = ReasoningPlanner(self.tokenizer, config.reasoning_parser)
         self._grammar_check = GrammarCheck(self.tokenizer)
         self._max_body_bytes = config.max_body_bytes
 
@@ -105,8 +109,9 @@ class TextService:
         shape: ResponseFormat,
         arrival_s: float,
         kept_tokens: tuple[str, ...] = (),
+        new_counter: NewCounter | None = None,
     ) -> GenerationResponse:
-        """`kept_tokens`: special ones that show in the text whatever the client says."""
+        """`kept_tokens`: special ones that show in the text whatever the client says; `new_counter`: of thoughts."""
         options = TextOptions(
             body.stop_strings,
             bool(body.include_stop_str_in_output),
@@ -116,7 +121,7 @@ class TextService:
         return GenerationResponse(
             self.frontend.submit(requests, options, arrival_s),
             shape,
-            Usage(sum(len(request.prompt_ids) for request in requests)),
+            TokenMeter(sum(len(request.prompt_ids) for request in requests), new_counter),
             len(requests) * body.num_choices,
             streamed=bool(body.stream),
         )

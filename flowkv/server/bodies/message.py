@@ -39,6 +39,7 @@ class ChatMessage(msgspec.Struct, frozen=True):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # the same, by vLLM's name
     function_call: Any = None
 
     @property
@@ -47,6 +48,15 @@ class ChatMessage(msgspec.Struct, frozen=True):
         if self.content is None or isinstance(self.content, str):
             return self.content
         return "\n".join(part.shown or "" for part in self.content)
+
+    @property
+    def thought(self) -> str | None:
+        return self.reasoning if self.reasoning_content is None else self.reasoning_content
+
+    @property
+    def is_thought(self) -> bool:
+        """And nothing else."""
+        return self._is_empty and self.thought is not None
 
     @property
     def num_parts(self) -> int:
@@ -66,8 +76,8 @@ class ChatMessage(msgspec.Struct, frozen=True):
             message["tool_calls"] = [_plain_call(call) for call in self.tool_calls]
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
-        if self.reasoning_content is not None:
-            message |= {"reasoning_content": self.reasoning_content, "thinking": self.reasoning_content}
+        if (thought := self.thought) is not None:
+            message |= {"reasoning_content": thought, "thinking": thought}
         return message
 
     def check(self, where: str) -> None:

@@ -16,9 +16,9 @@ LOGPROBS = "message.output_text.logprobs"  # in `include`
 
 
 class InputItem(msgspec.Struct, frozen=True, kw_only=True):
-    """A message (`type` may be left out), a call that was made, or what came of one."""
+    """A message (`type` may be left out), a thought before one, a call that was made, or what came of one."""
 
-    type: Literal["message", "function_call", "function_call_output"] | None = None
+    type: Literal["message", "reasoning", "function_call", "function_call_output"] | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: str | list[ContentPart] | None = None
     call_id: str | None = None
@@ -33,6 +33,9 @@ class InputItem(msgspec.Struct, frozen=True, kw_only=True):
                 function = FunctionCall(_needed(self.name, where, "name"), _needed(self.arguments, where, "arguments"))
                 call = ToolCall(id=_needed(self.call_id, where, "call_id"), function=function)
                 message = ChatMessage("assistant", tool_calls=[call])
+            case "reasoning":
+                parts = [] if self.content is None or isinstance(self.content, str) else self.content
+                message = ChatMessage("assistant", reasoning_content="".join(part.text or "" for part in parts))
             case "function_call_output":
                 output = _needed(self.output, where, "output")
                 message = ChatMessage("tool", output, tool_call_id=_needed(self.call_id, where, "call_id"))
@@ -67,6 +70,10 @@ class TextOptions(msgspec.Struct, frozen=True):
     format: TextFormat | None = None
 
 
+class ReasoningOptions(msgspec.Struct, frozen=True):
+    effort: str | None = None
+
+
 class ResponsesChat(ChatBody, frozen=True, kw_only=True):
     """Its messages come from `input`, and its format from `text`."""
 
@@ -94,6 +101,7 @@ class ResponsesBody(msgspec.Struct, frozen=True, kw_only=True):
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
     include: list[str] | None = None
     metadata: dict[str, str] | None = None
     stream: bool | None = None
@@ -125,6 +133,7 @@ class ResponsesBody(msgspec.Struct, frozen=True, kw_only=True):
             tool_choice=_choice(self.tool_choice),
             parallel_tool_calls=self.parallel_tool_calls,
             response_format=self._output_format(),
+            reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
             stream=self.stream,
         )
         body.check()
@@ -136,8 +145,11 @@ class ResponsesBody(msgspec.Struct, frozen=True, kw_only=True):
             return [*messages, ChatMessage("user", self.input)]
         for number, item in enumerate(self.input):
             message = item.message(f"input[{number}]")
-            if messages and message.tool_calls and messages[-1].role == "assistant":
-                messages[-1] = _with_calls(messages[-1], message.tool_calls)
+            last = messages[-1] if messages else None
+            if last is not None and last.is_thought and message.role == "assistant":
+                messages[-1] = msgspec.structs.replace(message, reasoning_content=last.reasoning_content)
+            elif last is not None and message.tool_calls and last.role == "assistant":
+                messages[-1] = _with_calls(last, message.tool_calls)
             else:
                 messages.append(message)
         return messages

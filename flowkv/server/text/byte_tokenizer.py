@@ -11,6 +11,7 @@ from flowkv.server.text.detokenizer import ByteDetokenizer
 
 class ByteTokenizer:
     eos_token_ids: frozenset[int] = frozenset()
+    chat_template: str | None = None
     tool_template = "{{ tools }}<tool_call>"  # as if there were one, and of the format that most models write
     grammar_end_ids: frozenset[int] = frozenset({BYTE_END_ID})
 

@@ -22,6 +22,11 @@ class Tokenizer(Protocol):
     def eos_token_ids(self) -> frozenset[int]: ...
 
     @property
+    def chat_template(self) -> str | None:
+        """The source of the one that most conversations go through; None where there is none."""
+        ...
+
+    @property
     def tool_template(self) -> str | None:
         """The source of the chat template that shows tools; None where no template does."""
         ...
@@ -88,6 +93,11 @@ class ModelTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self._encode(text, add_special_tokens)
+
+    @property
+    def chat_template(self) -> str | None:
+        template = self._template(with_tools=False)
+        return None if template is None else template.source
 
     @property
     def tool_template(self) -> str | None:

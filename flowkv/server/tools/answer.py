@@ -1,8 +1,8 @@
-"""One choice's answer: text and tool calls, told apart while they come."""
+"""One choice's answer: thought, text and tool calls, told apart while they come."""
 
 from dataclasses import dataclass, field
 
-from flowkv.server.tools.feed import Arguments, CallBegin, Piece, Text
+from flowkv.server.tools.feed import Arguments, CallBegin, Piece, Reasoning, Text
 from flowkv.server.tools.plan import ToolPlan
 from flowkv.server.tools.reader import call_id
 from flowkv.types import FinishReason
@@ -25,6 +25,7 @@ class AnswerPart:
     """What is new. `is_empty`: nothing that a reader would miss."""
 
     text: str = ""
+    reasoning: str = ""
     calls: list[CallPart] = field(default_factory=list)
     is_empty: bool = True
 
@@ -56,6 +57,8 @@ class Answer:
             match piece:
                 case Text(text=more):
                     part.text += more
+                case Reasoning(text=more):
+                    part.reasoning += more
                 case CallBegin(name=name):
                     index += 1
                     part.calls.append(CallPart(index, call_id(self._plan.id_length), name))

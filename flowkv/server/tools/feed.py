@@ -29,6 +29,13 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class Reasoning:
+    """Of the thought before the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class CallBegin:
     name: str
 
@@ -40,7 +47,7 @@ class Arguments:
     text: str
 
 
-Piece = Text | CallBegin | Arguments
+Piece = Text | Reasoning | CallBegin | Arguments
 
 
 class Feed:
@@ -68,6 +75,10 @@ class Feed:
         pieces, self._pieces = self._pieces, []
         return pieces
 
+    @property
+    def unread(self) -> str:
+        return self._text[self._at :]
+
     # --- what a format finds -------------------------------------------------------------------------------------
 
     def show(self, text: str) -> None:
@@ -83,11 +94,11 @@ class Feed:
 
     # --- what a format reads -------------------------------------------------------------------------------------
 
-    def text_until(self, marker: str) -> Steps[bool]:
-        """Shows the text before `marker` and reads past it; False: it never comes. White space before it is dropped,
-        up to `MAX_GAP`."""
+    def text_until(self, *markers: str) -> Steps[bool]:
+        """Shows the text before the first of `markers` and reads past it; False: none ever comes. White space before it
+        is dropped, up to `MAX_GAP`."""
         while True:
-            found = -1 if self._is_text else self._text.find(marker, self._at)
+            found, marker = (-1, "") if self._is_text else self._first_of(markers)
             if found >= 0:
                 gap_at = self._gap_before(found)
                 self.show(self._text[self._at : gap_at])
@@ -95,7 +106,7 @@ class Feed:
                 self._cut(found + len(marker))
                 self._furthest, self._has_run_out = 0, False
                 return True
-            keep = len(self._text) if self._has_ended or self._is_text else self._first_undecided(marker)
+            keep = len(self._text) if self._has_ended or self._is_text else min(map(self._first_undecided, markers))
             self.show(self._text[self._at : keep])
             self._cut(keep)
             if self._has_ended:
@@ -270,6 +281,11 @@ class Feed:
                 return False
             yield
         return True
+
+    def _first_of(self, markers: tuple[str, ...]) -> tuple[int, str]:
+        """Where it is; -1: nowhere."""
+        found = [(self._text.find(marker, self._at), marker) for marker in markers]
+        return min((place for place in found if place[0] >= 0), default=(-1, ""))
 
     def _first_undecided(self, marker: str) -> int:
         """Where the longest end of the text begins that is white space and then a beginning of `marker`."""

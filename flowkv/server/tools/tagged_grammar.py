@@ -16,7 +16,7 @@ _DEFINITIONS = ("$defs", "definitions")
 
 def tagged_calls(tools: ToolSchemas, *, parallel: bool, is_token: IsToken) -> str:
     """Rules of which `calls` is one call at least, and no more unless `parallel`."""
-    begin, end = (_literal(tag, is_token) for tag in ("<tool_call>", "</tool_call>"))
+    begin, end = (literal(tag, is_token) for tag in ("<tool_call>", "</tool_call>"))
     objects = [json_rule(f"call_{number}", _call(*tool)) for number, tool in enumerate(tools.items())]
     one = " | ".join(f"call_{number}" for number in range(len(tools)))
     return "\n".join(
@@ -35,7 +35,7 @@ def json_rule(name: str, schema: Any) -> str:
     return f"{name}: %json {json.dumps(schema)}"
 
 
-def _literal(tag: str, is_token: IsToken) -> str:
+def literal(tag: str, is_token: IsToken) -> str:
     """A token of its own can only be called by its name; else it is text."""
     return tag if is_token(tag) else json.dumps(tag)
 

@@ -1,0 +1,58 @@
+"""How many tokens a thought takes."""
+
+from codecs import getincrementaldecoder
+from collections.abc import Callable
+from typing import Protocol
+
+from flowkv.server.reasoning.thought_format import ThoughtFormat, thought
+from flowkv.server.tools.feed import Feed
+
+
+class TokenCounter(Protocol):
+    def count(self, token_ids: list[int]) -> int:
+        """How many more are known to belong to the choice's thought: the next ones after those that were before."""
+        ...
+
+
+NewCounter = Callable[[], TokenCounter]
+
+
+class NoThought:
+    def count(self, token_ids: list[int]) -> int:
+        return 0
+
+
+class ThoughtCounter:
+    """Of one choice. It reads the tokens themselves, since their text may be held back.
+
+    Markers are counted, white space after the thought is not. Tokens that may turn out to open no thought wait.
+    """
+
+    def __init__(self, thought_format: ThoughtFormat, token_bytes: Callable[[int], bytes], *, is_open: bool) -> None:
+        self._feed = Feed()
+        self._steps = thought(self._feed, thought_format, is_open=is_open)
+        self._token_bytes = token_bytes
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+        self._is_thought = is_open
+        self._is_over = False
+        self._num_waiting = 0
+
+    def count(self, token_ids: list[int]) -> int:
+        for token_id in token_ids:
+            if self._is_over:
+                break
+            self._num_waiting += 1
+            self._read(self._decoder.decode(self._token_bytes(token_id)))
+        if not self._is_thought:
+            return 0
+        number, self._num_waiting = self._num_waiting, 0
+        return number
+
+    def _read(self, text: str) -> None:
+        self._feed.add(text)
+        try:
+            next(self._steps)
+        except StopIteration as end:
+            self._is_thought, self._is_over = end.value, True
+        else:
+            self._is_thought = self._is_thought or bool(self._feed.take())
