@@ -38,9 +38,10 @@ class Silent:
         pass
 
 
-def measured(cells: Sequence[Cell], concurrency: int = 1) -> list[list[Measured]]:
+def measured(cells: Sequence[Cell], concurrency: int = 1, step_s: float = 0.0) -> list[list[Measured]]:
     """The samples of each of so many toys that do the cells at the same time."""
-    config = load_config(None, {"toy": True, "engine.max_batch_tokens": CHUNK, "engine.kv_memory": "8MiB"})
+    overrides = {"toy": True, "toy_step_s": step_s, "engine.max_batch_tokens": CHUNK, "engine.kv_memory": "8MiB"}
+    config = load_config(None, overrides)
     done: list[None] = []
     with running_node(Silent(), None) as node:
         rig = Rig(node)
@@ -63,7 +64,8 @@ def test_prompts_are_measured_chunk_by_chunk() -> None:
 
 
 def test_decodes_are_measured_together_on_each_of_two_instances() -> None:
-    for samples in measured([Cell(4, 20, 12)], concurrency=2):
+    slow = 0.02  # or one has all its tokens before the next has come, on a busy machine
+    for samples in measured([Cell(4, 20, 12)], concurrency=2, step_s=slow):
         num_tokens = sum(sample.shape.decode_choices for sample in samples)
         assert num_tokens == 4 * (12 - 1)  # the first token of each is its prompt's
         assert sum(sample.shape.prefill_tokens for sample in samples) == 4 * 20
