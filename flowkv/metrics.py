@@ -62,6 +62,9 @@ class FrontendMetrics:
         self.num_recoveries = self._counter(
             "recoveries", "Requests that went on elsewhere after their instance was lost"
         )
+        self.recovered_tokens = self._counter(
+            "recovered_tokens", "Tokens of these requests, prompt and output so far, to be computed again"
+        )
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of submitted requests")
         self.output_tokens = self._counter("output_tokens", "Tokens sent to clients")
         finished = "Choices that ended, by why (stop, length, abort or error)"

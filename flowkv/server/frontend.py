@@ -284,6 +284,7 @@ class Frontend:
         live.timeline.resubmitted(self.now_s())
         _logger.info("goes on as %s: what held it is gone", live.request.request_id, extra={"request_id": old_id})
         self.metrics.num_recoveries.inc()
+        self.metrics.recovered_tokens.inc(live.num_tokens_to_compute)
         self._submit(live)
 
     def _give_up(self, live: LiveRequest, error: RequestError) -> None:

@@ -44,6 +44,12 @@ class LiveRequest:
     def is_finished(self) -> bool:
         return all(choice.finish_reason is not None for choice in self.choices)
 
+    @property
+    def num_tokens_to_compute(self) -> int:
+        """Of the prompt and of the choices that run on, for an instance that has none of their KV."""
+        running = (choice for choice in self.choices if choice.finish_reason is None)
+        return len(self.request.prompt_ids) + sum(choice.num_tokens for choice in running)
+
     def resume(self, now_s: float, *, died: bool = False) -> None:
         """Begin the next attempt. RequestError if there were enough that brought nothing."""
         request_id = self.recovery.lose(sum(choice.num_tokens for choice in self.choices), now_s, died=died)

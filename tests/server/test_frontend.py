@@ -149,6 +149,8 @@ def test_a_lost_request_goes_on_after_what_has_come_of_it(tmp_path: Path) -> Non
         assert (resumed.request.request_id, resumed.resumes) == ("r0~1", "r0")
         assert resumed.output_ids == {0: list(b"xy")} and not resumed.is_claim
         assert frontend.metrics.num_recoveries._value.get() == 1
+        num_prompt_tokens = len(resumed.request.prompt_ids)
+        assert frontend.metrics.recovered_tokens._value.get() == num_prompt_tokens + len("xy")
 
     run(scenario, tmp_path)
 
