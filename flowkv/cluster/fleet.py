@@ -1,7 +1,6 @@
 """All instances together: who could take a request, what is predicted of it there, and who should take which role."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from flowkv.cluster.columns import Columns
 from flowkv.cluster.demand import Demand
@@ -90,15 +89,14 @@ class Fleet:
         )
 
     def place(self, ask: Ask, request: Request, *, is_begun: bool = False) -> Placement | None:
-        """None if no instance that takes requests can hold it. One that has begun is prefilled where it decodes."""
+        """None if no instance that takes requests can hold it. One that has begun is computed where it decodes."""
         for view in self._stale.values():
             self._columns.write(view.name, view.row())
         self._stale.clear()
         is_short = request.sampling.max_tokens <= 1
-        placement = place(ask, self._columns, self._policy, is_flexible=self.is_flexible, is_short=is_short)
-        if is_begun and placement is not None and placement.decode:
-            return replace(placement, prefill=placement.decode[0], decode=[])
-        return placement
+        return place(
+            ask, self._columns, self._policy, is_flexible=self.is_flexible, is_short=is_short, is_begun=is_begun
+        )
 
     def come(self, ask: Ask, now_s: float) -> None:
         """Count a request, whatever becomes of it, as demand."""

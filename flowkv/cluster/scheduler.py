@@ -23,10 +23,13 @@ class Placement:
     tpot_s: float
 
 
-def place(ask: Ask, loads: Columns, policy: Policy, *, is_flexible: bool, is_short: bool) -> Placement | None:
+def place(
+    ask: Ask, loads: Columns, policy: Policy, *, is_flexible: bool, is_short: bool, is_begun: bool = False
+) -> Placement | None:
     """The plan with the lowest score: remote prefill, or both phases on one instance. None if no instance can hold it.
 
-    `is_short`: the first token is the last, and nobody needs to decode. Unless `is_flexible` prompts go to prefill
+    `is_short`: the first token is the last, and nobody needs to decode. `is_begun`: it goes on after output that was
+    lost with another instance, and is computed again where it decodes. Unless `is_flexible` prompts go to prefill
     instances and decodes to decode instances; a mixed instance decodes what it prefills, and so does any where no
     other may decode.
     """
@@ -34,12 +37,15 @@ def place(ask: Ask, loads: Columns, policy: Policy, *, is_flexible: bool, is_sho
     if not able.any():
         return None
     scores = policy(ask, loads)
+    takers = able & (_all(loads) if is_flexible else _may_take(loads))
+    if is_begun:
+        whole = np.where(takers if takers.any() else able, scores.prefill + scores.decode, np.inf)
+        return _placement(loads, scores, int(whole.argmin()), [])
     prefill = np.where(
         able & (_all(loads) if is_flexible else _may(loads, able, Field.IS_DECODE)), scores.prefill, np.inf
     )
     if is_short:
         return _placement(loads, scores, int(prefill.argmin()), [])
-    takers = able & (_all(loads) if is_flexible else _may_take(loads))
     decode = np.where(takers, scores.decode + scores.handoff, np.inf)
     local = prefill + np.where(able, scores.decode, np.inf)
     if not is_flexible:

@@ -31,6 +31,17 @@ def test_the_best_of_each_phase_or_both_on_one_whichever_is_less() -> None:
     assert together is not None and together.decode == []
 
 
+def test_what_has_begun_is_computed_where_both_phases_are_best_and_not_where_its_decode_would_be() -> None:
+    loads, policy = columns(a=P, b=D, c=D), scored([9.0, 6.0, 2.0], [1.0, 1.0, 2.0])
+    for is_flexible in (True, False):
+        placement = place(ask(), loads, policy, is_flexible=is_flexible, is_short=False, is_begun=True)
+        assert placement is not None and (placement.prefill, placement.decode) == ("c", [])
+    only = place(
+        ask(), columns(a=P, b=P), scored([9.0, 1.0], [1.0, 1.0]), is_flexible=False, is_short=False, is_begun=True
+    )
+    assert only is not None and (only.prefill, only.decode) == ("b", [])
+
+
 def test_who_is_asked_to_decode_best_first_and_not_who_prefills() -> None:
     loads = columns(i0=P, **{f"i{n}": D for n in range(1, 9)})
     decode = [0.0, 7.0, 3.0, 5.0, 1.0, 9.0, 4.0, 8.0, 6.0]
