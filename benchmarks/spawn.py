@@ -1,14 +1,15 @@
 """Start `flowkv serve` for one measurement, and see that nothing of it is left."""
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import IO, NoReturn
 
 import httpx
 import psutil
@@ -39,13 +40,20 @@ def free_port() -> int:
 class ServerProcess:
     """A `flowkv serve` on a free loopback port, from `with` to the end of the block; the context's value is its URL.
 
-    Its output goes to `log`, or (None) to this terminal, progress bar included. Leaving the block sends SIGTERM and
+    Its output goes to `log`, or (None) to this terminal, progress bar included; `environment` goes over this process's
+    own. Leaving the block sends SIGTERM and
     raises BenchmarkError where the server then ends with a code other than 0, or leaves a process that is still there
     `linger_s` later.
     """
 
     def __init__(
-        self, arguments: Sequence[str], log: Path | None, start_timeout_s: float = 300.0, linger_s: float = 10.0
+        self,
+        arguments: Sequence[str],
+        log: Path | None,
+        start_timeout_s: float = 300.0,
+        linger_s: float = 10.0,
+        environment: Mapping[str, str] | None = None,
+        start_new_session: bool = False,
     ) -> None:
         port = free_port()
         program = Path(sys.executable).with_name("flowkv")
@@ -56,14 +64,16 @@ class ServerProcess:
         self._log = log
         self._start_timeout_s = start_timeout_s
         self._linger_s = linger_s
+        self._environment = os.environ | dict(environment or {})
+        self._start_new_session = start_new_session
 
     def __enter__(self) -> str:
         if self._log is not None:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             with self._log.open("w") as output:
-                self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+                self._process = self._start(output)
         else:
-            self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL)
+            self._process = self._start(None)
         try:
             self._wait_ready()
         except BaseException:
@@ -86,6 +96,12 @@ class ServerProcess:
             raise BenchmarkError(f"the server ended with code {self._process.returncode} on SIGTERM{self._log_tail()}")
         if left:
             raise BenchmarkError(f"the server left processes behind: {', '.join(map(str, left))}")
+
+    def _start(self, output: IO[str] | None) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            self._command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            env=self._environment, start_new_session=self._start_new_session,
+        )  # fmt: skip
 
     def _wait_ready(self) -> None:
         deadline_s = time.monotonic() + self._start_timeout_s

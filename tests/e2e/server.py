@@ -59,6 +59,11 @@ class Launched:
             found = self._changed.wait_for(lambda: self._matches(pattern, after), START_TIMEOUT_S)
         assert found, f"no line like {pattern.pattern!r} in:\n" + "".join(self.lines)
 
+    @property
+    def pid(self) -> int:
+        """Of the launcher, which leads a session of its own."""
+        return self.process.pid
+
     def processes(self) -> list[int]:
         """Ids of every living process of this launcher's session, itself included."""
         entries = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit()]

@@ -10,10 +10,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from benchmarks.chaos.havoc import Chaos
 from tests.e2e.server import Server
 from tests.e2e.test_toy_cluster import toy_tokens
 from tests.heavy.bodies import BODIES, field_names
-from tests.heavy.chaos import Chaos
 from tests.heavy.leftovers import leaving_nothing
 from tests.heavy.mutate import mutated_body
 

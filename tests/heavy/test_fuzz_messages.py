@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from benchmarks.chaos.havoc import Chaos
 from flowkv import messages as m
 from flowkv.errors import ProtocolError
 from flowkv.server.frontend import Frontend
@@ -20,7 +21,6 @@ from tests.cluster.rig import Rig
 from tests.cluster_in_process import CONTROLLER, Cluster
 from tests.e2e.server import eventually, serving
 from tests.e2e.test_toy_cluster import complete, toy_tokens
-from tests.heavy.chaos import Chaos
 from tests.heavy.mutate import damaged, mutated
 from tests.test_wire import EXAMPLES
 

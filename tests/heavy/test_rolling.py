@@ -5,11 +5,14 @@ import asyncio
 import httpx
 import pytest
 
+from benchmarks.chaos.bodies import bundled_bodies
+from benchmarks.chaos.havoc import Chaos, until
+from benchmarks.chaos.load import undisturbed
+from benchmarks.chaos.running import instances
 from flowkv.types import Role
-from tests.heavy.chaos import Chaos, under_load, until
-from tests.heavy.leftovers import instances, leaving_nothing
-from tests.heavy.load import toy_asks, undisturbed
-from tests.heavy.test_chaos import BUNDLED, BUSY, CONCURRENCY, TOY, TWO_AND_TWO, bundled_bodies
+from tests.heavy.chaos import load_through, toy_asks
+from tests.heavy.leftovers import leaving_nothing
+from tests.heavy.test_chaos import BUNDLED, BUSY, CONCURRENCY, TOY, TWO_AND_TWO
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +30,7 @@ def is_renewed(chaos: Chaos, before: set[str]) -> bool:
 
 
 async def post(chaos: Chaos, path: str, **params: str) -> None:
-    chaos.deeds.append(f"{path} {params}")
+    chaos.note(path, " ".join(params.values()))
     async with httpx.AsyncClient(base_url=chaos.server.url, timeout=60.0) as client:
         answer = await client.post(path, params=params)
     assert answer.is_success, answer.text
@@ -40,14 +43,14 @@ def test_toys_are_restarted_in_turn_three_times(roles: str) -> None:
             await restart_all(chaos)
 
     with leaving_nothing(*TOY, *BUSY, *TWO_AND_TWO, "--roles", roles) as server:
-        load = asyncio.run(under_load(server, toy_asks(48, seed=7), 7, CONCURRENCY, havoc))
+        load = asyncio.run(load_through(server, toy_asks(48, seed=7), 7, CONCURRENCY, havoc))
         assert load.problems == []
 
 
 def test_the_bundled_model_is_restarted_in_turn() -> None:
     with leaving_nothing(*BUNDLED, *TWO_AND_TWO) as server:
-        asks = undisturbed(server, bundled_bodies(24, seed=8))
-        load = asyncio.run(under_load(server, asks, 8, 4, restart_all))
+        asks = asyncio.run(undisturbed(server.url, bundled_bodies(24, seed=8)))
+        load = asyncio.run(load_through(server, asks, 8, 4, restart_all))
         assert load.problems == []
 
 
@@ -59,5 +62,5 @@ def test_roles_are_flipped_every_third_of_a_second() -> None:
             await asyncio.sleep(0.3)
 
     with leaving_nothing(*TOY, *BUSY, *TWO_AND_TWO, "--roles", "fixed") as server:
-        load = asyncio.run(under_load(server, toy_asks(48, seed=9), 9, CONCURRENCY, havoc))
+        load = asyncio.run(load_through(server, toy_asks(48, seed=9), 9, CONCURRENCY, havoc))
         assert load.problems == []

@@ -4,15 +4,15 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
-from tests.e2e.server import Server
-from tests.e2e.test_toy_cluster import toy_tokens
+from benchmarks import BenchmarkError
 
+Body = tuple[str, dict[str, Any]]  # the path that it goes to, and what is sent
 TIMEOUT_S = 120.0  # of one request: far above what any takes, so that whoever reaches it hangs
 
 
@@ -27,7 +27,7 @@ class Ask:
 
 @dataclass
 class Outcome:
-    """What a client has seen of one request; `problem` is None where all is as it should be."""
+    """What a client has seen of one request, times by `time.monotonic`; `problem` is None where all is well."""
 
     ask: Ask
     began_s: float
@@ -35,6 +35,9 @@ class Outcome:
     finish_reasons: list[str | None]
     problem: str | None = None
     num_events: int = 0
+    text_s: list[float] = field(default_factory=list)  # of each event that brought text
+    is_whole: bool = False  # every choice came to its end, and [DONE] after them
+    request_id: str = ""
     ended_s: float = 0.0
 
     @classmethod
@@ -45,12 +48,15 @@ class Outcome:
         """One event of the stream: it must continue the text exactly where the last one ended."""
         if "error" in event:
             self._blame(f"error {event['error']}")
-        for choice in event.get("choices", []):
-            self._take_choice(choice)
+        self.request_id = event.get("id", self.request_id)
+        texts = [self._take_choice(choice) for choice in event.get("choices", [])]
+        if any(texts):
+            self.text_s.append(time.monotonic())
         self.num_events += 1
 
     def end(self, is_done: bool) -> None:
         self.ended_s = time.monotonic()
+        self.is_whole = is_done and all(reason in ("stop", "length") for reason in self.finish_reasons)
         if not is_done:
             self._blame("the stream ended without [DONE]")
         for number, (text, expected) in enumerate(zip(self.texts, self.ask.texts, strict=True)):
@@ -63,7 +69,8 @@ class Outcome:
         self.ended_s = time.monotonic()
         self._blame(problem)
 
-    def _take_choice(self, choice: dict[str, Any]) -> None:
+    def _take_choice(self, choice: dict[str, Any]) -> str:
+        """The text that it brings."""
         number = choice["index"]
         piece = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
         at, expected = len(self.texts[number]), self.ask.texts[number]
@@ -73,6 +80,7 @@ class Outcome:
             self._blame(f"choice {number} goes on after its end")
         self.texts[number] += piece
         self.finish_reasons[number] = choice["finish_reason"]
+        return str(piece)
 
     def _blame(self, problem: str) -> None:
         """The first one is the one to look at."""
@@ -132,30 +140,21 @@ async def read(client: httpx.AsyncClient, outcome: Outcome) -> None:
         outcome.end(is_done)
 
 
-def toy_asks(count: int, seed: int) -> list[Ask]:
-    """Greedy and seeded, one choice and three, prompts of one step and of many."""
-    rng = random.Random(seed)
-    bodies = {
-        str(i): {
-            "prompt": [rng.randrange(256) for _ in range(rng.choice([1, 16, 17, 64, 150, 300]))],
-            "max_tokens": rng.choice([1, 8, 40, 90]),
-            "temperature": rng.choice([0.0, 1.0]),
-            "seed": i,
-            "n": rng.choice([1, 1, 1, 3]),
-        }
-        for i in range(count)
-    }
-    texts = toy_tokens(bodies)
-    return [Ask("/v1/completions", body, texts[name]) for name, body in bodies.items()]
+async def undisturbed(url: str, bodies: Iterable[Body], concurrency: int = 1) -> list[Ask]:
+    """What this server answers to each while nothing happens to it. BenchmarkError where it does not."""
+    places = asyncio.Semaphore(concurrency)
+
+    async def ask(path: str, body: dict[str, Any]) -> Ask:
+        async with places:
+            return Ask(path, body, await _texts(client, path, body))
+
+    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S) as client:
+        return await asyncio.gather(*(ask(path, body) for path, body in bodies))
 
 
-def undisturbed(server: Server, bodies: Iterator[tuple[str, dict[str, Any]]]) -> list[Ask]:
-    """What this server answers to each while nothing happens to it."""
-    return [Ask(path, body, _texts(server, path, body)) for path, body in bodies]
-
-
-def _texts(server: Server, path: str, body: dict[str, Any]) -> list[str]:
-    answer = server.client.post(path, json=body)
-    assert answer.status_code == 200, answer.text
+async def _texts(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> list[str]:
+    answer = await client.post(path, json=body)
+    if answer.status_code != 200:
+        raise BenchmarkError(f"{path} answers {answer.status_code}: {answer.text}")
     choices = sorted(answer.json()["choices"], key=lambda choice: int(choice["index"]))
     return [choice["text"] if "text" in choice else choice["message"]["content"] for choice in choices]

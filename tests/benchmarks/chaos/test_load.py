@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.heavy.load import Ask, Outcome
+from benchmarks.chaos.load import Ask, Outcome
 
 ASK = Ask("/v1/completions", {}, ["abcd", "xy"])
 
