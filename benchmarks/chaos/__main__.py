@@ -34,8 +34,8 @@ from benchmarks.chaos.phases import Contender, Phase, measure
 from benchmarks.report import ROOT, print_table, write_results
 from benchmarks.spawn import exit_on_sigterm
 
-# Prompts take several steps, and pools (2,048 tokens) are small enough that blocks are in use again soon.
-TOYS = "--toy --prefill 2 --decode 2 --set toy_step_s=0.01 --set engine.max_batch_tokens=64 --kv-memory 96KiB"
+# Prompts take several steps, and pools (5,456 tokens) hold what there is also while one instance is down.
+TOYS = "--toy --prefill 2 --decode 2 --set toy_step_s=0.01 --set engine.max_batch_tokens=64 --kv-memory 256KiB"
 MODEL = "--prefill 2 --decode 2 --threads 1 --dtype float32 --set engine.max_batch_tokens=128"
 PAUSES_S = (0.1, 0.25, 0.5, 1.0, 2.0)
 CALM = {"calm": "calm", "killed": "calm", "stopped": "calm", "model-calm": "model-calm", "model-killed": "model-calm"}
@@ -70,10 +70,12 @@ def with_ratios(results: Sequence[dict[str, Any]]) -> None:
 
 
 def show(console: Console, results: Sequence[dict[str, Any]]) -> None:
-    """A column for each phase."""
-    columns = [column(result) for result in results]
-    rows = [[name, *(one[name] for one in columns)] for name in columns[0]]
-    print_table(console, ("", *(result["name"] for result in results)), rows, "ms: p50, p99, max; s: p50, max")
+    """A table of toys and one of the model, with a column for each phase."""
+    for calm in ("calm", "model-calm"):
+        if shown := [result for result in results if CALM[result["name"]] == calm]:
+            columns = [column(result) for result in shown]
+            rows = [[name, *(one[name] for one in columns)] for name in columns[0]]
+            print_table(console, ("", *(result["name"] for result in shown)), rows, "ms: p50, p99, max; s: p50, max")
     for result in results:
         for problem in result["problems"]:
             console.print(f"{result['name']}: {problem}", highlight=False, markup=False)
@@ -121,12 +123,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--toys", default=TOYS, metavar="ARGS", help="`flowkv serve ARGS`")
     parser.add_argument("--model", default=MODEL, metavar="ARGS", help="likewise, of the phases with a model")
     parser.add_argument("--clients", type=int, default=16, help="of toys; each asks again when it has its answer")
-    parser.add_argument("--model-clients", type=int, default=4)
-    parser.add_argument("--calm-seconds", type=float, default=30.0, help="of each phase without havoc")
+    parser.add_argument("--model-clients", type=int, default=8)
+    parser.add_argument("--calm-seconds", type=float, default=20.0, help="of each phase without havoc")
     parser.add_argument("--seconds", type=float, default=60.0, help="in which toys are killed")
     parser.add_argument("--every", type=float, default=2.0, help="seconds between two kills of toys")
     parser.add_argument("--pauses", type=int, default=25, help="of toys, 0.1 to 2 s each")
-    parser.add_argument("--model-kills", type=int, default=5)
+    parser.add_argument("--model-kills", type=int, default=4)
     parser.add_argument("--rest", type=float, default=10.0, help="seconds from a successor to the next kill")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "chaos.json")
