@@ -10,7 +10,7 @@ from benchmarks.chaos.havoc import Deed
 from benchmarks.chaos.load import Outcome
 from benchmarks.report import summarize
 
-NUM_LONGEST = 8  # gaps that are told one by one
+NUM_LONGEST = 8  # waits that are told one by one
 DEEDS_BEFORE_S = 2.0
 KILL, STOP = "SIGKILL", "SIGSTOP"
 
@@ -26,10 +26,6 @@ class Seen:
     def num_hits(self) -> int:
         """How often an instance that held it was lost."""
         return int(self.record["num_attempts"]) - 1
-
-    @property
-    def ttft_s(self) -> float | None:
-        return self.outcome.text_s[0] - self.outcome.began_s if self.outcome.text_s else None
 
 
 def seen(outcomes: Iterable[Outcome], records: Iterable[dict[str, Any]]) -> list[Seen]:
@@ -64,20 +60,26 @@ def phase_figures(requests: Sequence[Seen], deeds: Sequence[Deed]) -> dict[str, 
         "output_tokens_per_s": sum(one.record["output_tokens"] for one in requests) / seconds,
         "replaced_s": _took_s(of_instances),
         "controller_replaced_s": _took_s(of_controller),
-        "longest_gaps": _longest(requests, deeds),
+        "longest_gaps": _longest([(_gap(one.outcome), one) for one in requests], deeds),
+        "longest_ttfts": _longest([(_first(one.outcome), one) for one in requests], deeds),
     }
 
 
 class Gap(NamedTuple):
-    """Between two events that brought text."""
+    """In which a client had nothing new."""
 
     seconds: float
     began_s: float
 
 
 def _gap(outcome: Outcome) -> Gap | None:
-    """The longest one; None where there are no two events."""
+    """The longest between two events that brought text; None where there are no two."""
     return max((Gap(after - before, before) for before, after in pairwise(outcome.text_s)), default=None)
+
+
+def _first(outcome: Outcome) -> Gap | None:
+    """The wait for the first event that brought text."""
+    return Gap(outcome.text_s[0] - outcome.began_s, outcome.began_s) if outcome.text_s else None
 
 
 def _gaps_s(requests: Iterable[Seen]) -> list[float]:
@@ -86,17 +88,16 @@ def _gaps_s(requests: Iterable[Seen]) -> list[float]:
 
 
 def _ttft_s(requests: Iterable[Seen]) -> dict[str, float] | None:
-    return summarize([ttft for one in requests if (ttft := one.ttft_s) is not None])
+    return summarize([first.seconds for one in requests if (first := _first(one.outcome)) is not None])
 
 
 def _took_s(deeds: Iterable[Deed]) -> dict[str, float] | None:
     return summarize([deed.took_s for deed in deeds if deed.took_s is not None])
 
 
-def _longest(requests: Iterable[Seen], deeds: Sequence[Deed]) -> list[dict[str, Any]]:
-    """The longest gaps of all, with what had been done shortly before, and where the server says its time went."""
-    gaps = [(gap, one) for one in requests if (gap := _gap(one.outcome)) is not None]
-    longest = sorted(gaps, key=lambda item: item[0].seconds, reverse=True)[:NUM_LONGEST]
+def _longest(waits: Iterable[tuple[Gap | None, Seen]], deeds: Sequence[Deed]) -> list[dict[str, Any]]:
+    """The longest of all, with what was done shortly before or in it, and where the server says the time went."""
+    there = [(gap, one) for gap, one in waits if gap is not None]
     return [
         {
             "seconds": gap.seconds,
@@ -109,5 +110,5 @@ def _longest(requests: Iterable[Seen], deeds: Sequence[Deed]) -> list[dict[str, 
             },
             "phases": one.record["phases"],
         }
-        for gap, one in longest
+        for gap, one in sorted(there, key=lambda item: item[0].seconds, reverse=True)[:NUM_LONGEST]
     ]
