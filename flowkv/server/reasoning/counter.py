@@ -4,7 +4,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Callable
 from typing import Protocol
 
-from flowkv.server.reasoning.thought_format import ThoughtFormat, thought
+from flowkv.server.reasoning.thought_format import ThoughtStart, thought
 from flowkv.server.tools.feed import Feed
 
 
@@ -28,12 +28,12 @@ class ThoughtCounter:
     Markers are counted, white space after the thought is not. Tokens that may turn out to open no thought wait.
     """
 
-    def __init__(self, thought_format: ThoughtFormat, token_bytes: Callable[[int], bytes], *, is_open: bool) -> None:
+    def __init__(self, start: ThoughtStart, token_bytes: Callable[[int], bytes]) -> None:
         self._feed = Feed()
-        self._steps = thought(self._feed, thought_format, is_open=is_open)
+        self._steps = thought(self._feed, start)
         self._token_bytes = token_bytes
         self._decoder = getincrementaldecoder("utf-8")("replace")
-        self._is_thought = is_open
+        self._is_thought = start.is_open
         self._is_over = False
         self._num_waiting = 0
 

@@ -9,7 +9,7 @@ from flowkv.server.bodies.structured import Constraint
 from flowkv.server.reasoning.counter import NewCounter, NoThought, ThoughtCounter
 from flowkv.server.reasoning.lead import thought_lead
 from flowkv.server.reasoning.reader import ThoughtReader
-from flowkv.server.reasoning.thought_format import FORMATS, Beginning, ThoughtFormat, find_format
+from flowkv.server.reasoning.thought_format import FORMATS, Beginning, ThoughtStart, find_format
 from flowkv.server.text.tokenizer import Tokenizer
 from flowkv.server.tools.plan import ToolPlan
 
@@ -42,20 +42,18 @@ class ReasoningPlanner:
             case Beginning.AFTER:
                 return AnswerPlan(tools, NoThought)
             case beginning:
-                return self._thinking(self._format, tools, is_open=beginning is Beginning.INSIDE, is_shown=is_shown)
+                start = ThoughtStart(self._format, beginning is Beginning.INSIDE, tools.opening)
+                return self._thinking(start, tools, is_shown=is_shown)
 
-    def _thinking(self, known: ThoughtFormat, tools: ToolPlan, *, is_open: bool, is_shown: bool) -> AnswerPlan:
-        def new_reader() -> ThoughtReader:
-            return ThoughtReader(known, tools.new_reader(), is_open=is_open, is_shown=is_shown)
-
-        lead = thought_lead(known, self._tokenizer.is_token, is_open=is_open)
+    def _thinking(self, start: ThoughtStart, tools: ToolPlan, *, is_shown: bool) -> AnswerPlan:
+        lead = thought_lead(start.format, self._tokenizer.is_token, is_open=start.is_open)
         plan = replace(
             tools,
-            new_reader=new_reader,
+            new_reader=lambda: ThoughtReader(start, tools.new_reader(), is_shown=is_shown),
             constraint=_led(tools.constraint, lead),
-            markers=(*tools.markers, *known.markers),
+            markers=(*tools.markers, *start.format.markers),
         )
-        return AnswerPlan(plan, partial(ThoughtCounter, known, self._tokenizer.token_bytes, is_open=is_open))
+        return AnswerPlan(plan, partial(ThoughtCounter, start, self._tokenizer.token_bytes))
 
 
 def _led(constraint: Constraint | None, lead: str) -> Constraint | None:

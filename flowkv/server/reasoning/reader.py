@@ -1,6 +1,6 @@
 """One choice's text, of which the thought comes first and all else is another reader's."""
 
-from flowkv.server.reasoning.thought_format import ThoughtFormat, thought
+from flowkv.server.reasoning.thought_format import ThoughtStart, thought
 from flowkv.server.tools.feed import Feed, Piece, Reasoning, Steps, Text
 from flowkv.server.tools.reader import AnswerReader
 
@@ -8,10 +8,10 @@ from flowkv.server.tools.reader import AnswerReader
 class ThoughtReader:
     """White space between a thought and what follows it is dropped."""
 
-    def __init__(self, thought_format: ThoughtFormat, rest: AnswerReader, *, is_open: bool, is_shown: bool) -> None:
+    def __init__(self, start: ThoughtStart, rest: AnswerReader, *, is_shown: bool) -> None:
         """Unless `is_shown`, the thought is left out."""
         self._feed = Feed()
-        self._steps = _thought_and_space(self._feed, thought_format, is_open)
+        self._steps = _thought_and_space(self._feed, start)
         self._rest = rest
         self._is_shown = is_shown
         self._is_thinking = True
@@ -41,6 +41,6 @@ class ThoughtReader:
 _OVER = object()
 
 
-def _thought_and_space(feed: Feed, thought_format: ThoughtFormat, is_open: bool) -> Steps[None]:
-    if (yield from thought(feed, thought_format, is_open=is_open)):
+def _thought_and_space(feed: Feed, start: ThoughtStart) -> Steps[None]:
+    if (yield from thought(feed, start)):
         yield from feed.space()

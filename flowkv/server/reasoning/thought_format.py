@@ -60,20 +60,33 @@ def find_format(template: str) -> str | None:
     return next((name for name, sign in _SIGNS.items() if sign in template), None)
 
 
-def thought(feed: Feed, thought_format: ThoughtFormat, *, is_open: bool) -> Steps[bool]:
-    """Shows a thought without its markers and the white space beside them; False, and nothing is read: there is none.
+@dataclass(frozen=True, slots=True)
+class ThoughtStart:
+    """Of one answer. Where the thought is open, the model may open it once more; a `call` breaks it off."""
 
-    Where it is open, the model may open it once more.
-    """
-    has_opening = yield from feed.attempt(_opening(feed, thought_format.openings))
-    if not (has_opening or is_open):
+    format: ThoughtFormat
+    is_open: bool
+    call: tuple[str, str] | None = None  # a marker, and what follows it
+
+
+def thought(feed: Feed, start: ThoughtStart) -> Steps[bool]:
+    """Shows a thought without its markers and white space beside them; False, and nothing is read: there is none."""
+    has_opening = yield from feed.attempt(_opening(feed, start.format.openings))
+    if not (has_opening or start.is_open):
         return False
     yield from feed.space()
-    yield from feed.text_until(*thought_format.closings)
+    call, head = start.call or ("", "")
+    markers = (*start.format.closings, call) if call else start.format.closings
+    while (marker := (yield from feed.text_until(*markers))) and marker == call:
+        if (yield from feed.attempt(_opening(feed, (head,)))):
+            feed.put_back(call)
+            break
+        feed.refuse(call)
     return True
 
 
 def _opening(feed: Feed, openings: tuple[str, ...]) -> Steps[bool]:
+    """Any of them, maybe after white space."""
     yield from feed.space()
     for marker in openings:
         if (yield from feed.literal(marker)):

@@ -94,9 +94,9 @@ class Feed:
 
     # --- what a format reads -------------------------------------------------------------------------------------
 
-    def text_until(self, *markers: str) -> Steps[bool]:
-        """Shows the text before the first of `markers` and reads past it; False: none ever comes. White space before it
-        is dropped, up to `MAX_GAP`."""
+    def text_until(self, *markers: str) -> Steps[str]:
+        """Shows the text before the first of `markers` and reads past it, and says which it is; empty: none ever comes.
+        White space before it is dropped, up to `MAX_GAP`."""
         while True:
             found, marker = (-1, "") if self._is_text else self._first_of(markers)
             if found >= 0:
@@ -105,13 +105,17 @@ class Feed:
                 self._gap = self._text[gap_at:found]
                 self._cut(found + len(marker))
                 self._furthest, self._has_run_out = 0, False
-                return True
+                return marker
             keep = len(self._text) if self._has_ended or self._is_text else min(map(self._first_undecided, markers))
             self.show(self._text[self._at : keep])
             self._cut(keep)
             if self._has_ended:
-                return False
+                return ""
             yield
+
+    def put_back(self, marker: str) -> None:
+        """What `text_until` has found, and what was read since, is still to be read."""
+        self._text, self._at = marker + self._text, 0
 
     def refuse(self, marker: str) -> None:
         """What `text_until` took for the beginning of a call is text; what was read since is read again.

@@ -13,10 +13,10 @@ _DEEPSEEK = (
 )  # fmt: skip
 
 FORMATS: dict[str, ToolFormat] = {  # looked for in this order
-    "qwen3_coder": ToolFormat(qwen3_coder, ("<function=", "<parameter="), _TAGS),
+    "qwen3_coder": ToolFormat(qwen3_coder, ("<function=", "<parameter="), _TAGS, opening=("<tool_call>", "<function=")),
     "glm45": ToolFormat(glm, ("<tool_call>", "<arg_key>"), _TAGS),
     "deepseek_v3": ToolFormat(deepseek.parse, (deepseek.CALL_BEGIN,), _DEEPSEEK),
-    "kimi_k2": ToolFormat(kimi.parse, ("<|tool_call_begin|>",), _KIMI),
+    "kimi_k2": ToolFormat(kimi.parse, ("<|tool_call_begin|>",), _KIMI, opening=(_KIMI[0], _KIMI[1])),
     "mistral": ToolFormat(mistral, ("[TOOL_CALLS]",), ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"), id_length=9),
     "phi4_mini_json": ToolFormat(marked_list("functools"), ("<|tool|>",)),
     "nemotron": ToolFormat(marked_list("<TOOLCALL>", "</TOOLCALL>"), ("<TOOLCALL>",), ("<TOOLCALL>", "</TOOLCALL>")),

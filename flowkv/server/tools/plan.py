@@ -1,6 +1,6 @@
 """How one conversation's tools are shown to the model, asked for and read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -24,6 +24,7 @@ class ToolPlan:
     constraint: Constraint | None = None  # what the answer must be
     markers: tuple[str, ...] = ()  # special tokens that the reader must see
     id_length: int = 24
+    opening: tuple[str, str] | None = None  # of a call that nothing binds, which may break off a thought
 
 
 class ToolPlanner:
@@ -52,7 +53,8 @@ class ToolPlanner:
         shown: list[dict[str, Any]] = [msgspec.to_builtins(tool) for tool in tools]
         if choice in (None, "auto") and asked is None:
             tool_format = self._known_format()
-            return self._plan(shown, lambda: ToolReader(tool_format, schemas, parallel=parallel), None)
+            plan = self._plan(shown, lambda: ToolReader(tool_format, schemas, parallel=parallel), None)
+            return replace(plan, opening=tool_format.opening)
         bound = self._bind(schemas, choice, asked, parallel)
         return self._plan(shown, bound.new_reader, bound.constraint)
 

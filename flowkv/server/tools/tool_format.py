@@ -16,3 +16,4 @@ class ToolFormat:
     signs: tuple[str, ...] = ()  # all of them are in the chat templates of its models
     markers: tuple[str, ...] = ()  # special tokens that must not be left out of the text
     id_length: int = 24  # of a call's id
+    opening: tuple[str, str] | None = None  # marker and text after it with which calls break off thoughts

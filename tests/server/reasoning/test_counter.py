@@ -1,7 +1,7 @@
 import pytest
 
 from flowkv.server.reasoning.counter import NoThought, ThoughtCounter
-from flowkv.server.reasoning.thought_format import FORMATS
+from flowkv.server.reasoning.thought_format import FORMATS, ThoughtStart
 
 WORDS: list[str | bytes] = [
     "<think>",
@@ -22,7 +22,7 @@ def token_bytes(token_id: int) -> bytes:
 
 
 def counter(*, is_open: bool) -> ThoughtCounter:
-    return ThoughtCounter(FORMATS["think"], token_bytes, is_open=is_open)
+    return ThoughtCounter(ThoughtStart(FORMATS["think"], is_open), token_bytes)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from flowkv.server.bodies.structured import Constraint
@@ -5,6 +7,7 @@ from flowkv.server.reasoning.counter import NoThought
 from flowkv.server.reasoning.plan import AnswerPlan, ReasoningPlanner
 from flowkv.server.reasoning.reader import ThoughtReader
 from flowkv.server.text.byte_tokenizer import ByteTokenizer
+from flowkv.server.tools.feed import Reasoning, Text
 from flowkv.server.tools.plan import ToolPlan
 from flowkv.server.tools.reader import PlainReader
 from flowkv.types import Grammar, GrammarKind
@@ -25,6 +28,13 @@ def plan(template: str | None, prompt: str, parser: str = "auto", continued: str
 @pytest.mark.parametrize(("template", "parser"), [(None, "auto"), ("{{ messages }}", "auto"), ("</think>", "none")])
 def test_models_that_do_not_think_are_read_as_ever(template: str | None, parser: str) -> None:
     assert plan(template, "<think>\n", parser) == AnswerPlan(TOOLS)
+
+
+def test_a_call_may_break_off_a_thought() -> None:
+    tools = replace(TOOLS, opening=("<c>", "f"))
+    found = ReasoningPlanner(Templated("</think>"), "auto").plan(tools, list(b"<think>"), "", is_shown=True)
+    reader = found.tools.new_reader()
+    assert [*reader.push("Hm.<c>f"), *reader.push("x")] == [Reasoning("Hm."), Text("<c>f"), Text("x")]
 
 
 def test_nothing_is_looked_for_after_a_thought_that_the_prompt_has_closed() -> None:

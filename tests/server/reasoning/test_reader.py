@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowkv.server.reasoning.reader import ThoughtReader
-from flowkv.server.reasoning.thought_format import FORMATS
+from flowkv.server.reasoning.thought_format import FORMATS, ThoughtStart
 from flowkv.server.tools.feed import Arguments, CallBegin, Reasoning, Text
 from flowkv.server.tools.formats import FORMATS as TOOL_FORMATS
 from flowkv.server.tools.reader import AnswerReader, NamedReader, PlainReader, ToolReader
@@ -46,7 +46,7 @@ CASES: list[Case] = [
 
 def reader(name: str, is_open: bool, is_shown: bool = True, rest: AnswerReader | None = None) -> ThoughtReader:
     rest = rest or ToolReader(TOOL_FORMATS["hermes"], {"f": {}}, parallel=True)
-    return ThoughtReader(FORMATS[name], rest, is_open=is_open, is_shown=is_shown)
+    return ThoughtReader(ThoughtStart(FORMATS[name], is_open), rest, is_shown=is_shown)
 
 
 def read(reader: AnswerReader, parts: Sequence[str]) -> tuple[str, str, list[str]]:
@@ -101,3 +101,34 @@ def test_a_named_function_is_called_after_the_thought_alone() -> None:
     assert thinking.push("{}") == [CallBegin("f"), Arguments("{}")]
     cut = reader("think", True, rest=NamedReader("f"))
     assert [*cut.push("Hm"), *cut.finish()] == [Reasoning("Hm")]
+
+
+CODER = "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>"
+KIMI = (
+    '<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"x": 1}'
+    "<|tool_call_end|><|tool_calls_section_end|>"
+)
+BROKEN_OFF = [
+    ("qwen3_coder", f"Hm.\n\n{CODER}", "Hm.", ["f"]),
+    ("qwen3_coder", f"A <tool_call> is it.\n{CODER}", "A <tool_call> is it.", ["f"]),
+    ("qwen3_coder", f"A <tool_call> is it.</think>{CODER}{CODER}", "A <tool_call> is it.", ["f", "f"]),
+    ("qwen3_coder", "A <tool_call> <function", "A <tool_call> <function", []),
+    ("qwen3_coder", "A <tool_call>", "A <tool_call>", []),
+    ("kimi_k2", f"Hm. {KIMI}", "Hm.", ["f"]),
+    ("hermes", f"Hm. {CALL}", f"Hm. {CALL}", []),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "thought", "calls"), BROKEN_OFF)
+def test_a_call_breaks_off_a_thought_that_its_model_may_forget_to_close(
+    name: str, text: str, thought: str, calls: list[str]
+) -> None:
+    known = TOOL_FORMATS[name]
+    start = ThoughtStart(FORMATS["think"], True, known.opening)
+
+    def calling() -> ThoughtReader:
+        return ThoughtReader(start, ToolReader(known, {"f": {}}, parallel=True), is_shown=True)
+
+    assert read(calling(), text) == (thought, "", calls)
+    for place in range(len(text) + 1):
+        assert read(calling(), [text[:place], text[place:]]) == (thought, "", calls)

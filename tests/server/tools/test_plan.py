@@ -52,6 +52,12 @@ def test_a_configured_parser_goes_before_what_the_template_shows() -> None:
     assert plan(HERMES, None, parser="mistral").id_length == 9
 
 
+def test_only_calls_that_nothing_binds_may_break_off_a_thought() -> None:
+    coder = "{{ tools }}<function=<parameter="
+    assert plan(coder, "auto").opening == ("<tool_call>", "<function=")
+    assert plan(coder, "required").opening is plan(HERMES, "auto").opening is None
+
+
 @pytest.mark.parametrize(("template", "reason"), [(None, "does not show tools"), ("{{ tools }}", "server.tool_parser")])
 def test_tools_that_would_come_to_nothing_are_refused(template: str | None, reason: str) -> None:
     with pytest.raises(RequestError, match=reason):
