@@ -10,8 +10,10 @@ from flowkv.config import ClusterConfig
 from flowkv.doctor.finding import Finding, fail, ok, warn
 from flowkv.errors import ModelError
 from flowkv.launch.model import model_name, resolve_model
+from flowkv.server.reasoning import thought_format
 from flowkv.server.text.chat_template import Conversation
 from flowkv.server.text.tokenizer import ModelTokenizer
+from flowkv.server.tools import formats as tool_formats
 
 _HELLO = Conversation([{"role": "user", "content": "hello"}])
 
@@ -82,4 +84,11 @@ def text(folder: Path) -> Iterator[Finding]:
     except Exception as error:  # a template is a program of the model's author
         yield warn("chat template", str(error), "serve /v1/completions alone, or add chat_template.jinja")
     else:
-        yield ok("chat template", "takes a conversation")
+        yield ok("chat template", f"takes a conversation; {_formats(tokenizer)}")
+
+
+def _formats(tokenizer: ModelTokenizer) -> str:
+    """What "auto" of `server.tool_parser` and `server.reasoning_parser` finds."""
+    calls = tool_formats.find_format(tokenizer.tool_template or "")
+    thoughts = thought_format.find_format(tokenizer.chat_template or "")
+    return f"tool calls: {calls or 'no known format'}; thoughts: {thoughts or 'none'}"

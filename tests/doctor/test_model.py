@@ -74,3 +74,16 @@ def test_no_chat_template(folder: Path) -> None:
 def test_a_chat_template_that_fails(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
     assert findings(folder)["chat template"].level is Level.WARN
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ messages[0].content }}", "tool calls: no known format; thoughts: none"),
+        ("{{ tools }}<tool_call>{{ '<think></think>' }}", "tool calls: hermes; thoughts: think"),
+    ],
+)
+def test_a_chat_template_shows_how_its_model_calls_and_thinks(folder: Path, template: str, text: str) -> None:
+    (folder / "chat_template.jinja").write_text(template)
+    found = findings(folder)["chat template"]
+    assert found.level is Level.OK and found.text == f"takes a conversation; {text}"
