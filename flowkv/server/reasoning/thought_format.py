@@ -47,7 +47,10 @@ FORMATS: dict[str, ThoughtFormat] = {  # looked for in this order
     ),
     "kimi": ThoughtFormat(("\u25c1think\u25b7",), ("\u25c1/think\u25b7",)),
     "mistral": ThoughtFormat(("[THINK]",), ("[/THINK]",)),
-    "seed_oss": ThoughtFormat(("<seed:think>",), ("</seed:think>",)),
+    "seed_oss": ThoughtFormat(
+        ("<seed:think>", "<seed:think><seed:cot_budget_reflect>"),
+        ("</seed:think>",),  # the latter: a budget of 0
+    ),
 }
 _SIGNS = {
     "think": "</think>", "granite": "Here is my thought process:", "kimi": "\u25c1/think\u25b7",

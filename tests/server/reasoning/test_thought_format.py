@@ -17,6 +17,8 @@ def test_every_format_can_be_configured() -> None:
         ("<|Assistant|><think>", Beginning.INSIDE),
         ("<|im_start|>assistant\n", Beginning.BEFORE),
         ("user: what is <think>?\nassistant: ", Beginning.BEFORE),
+        ("<SPECIAL_11>Assistant\n<think>\n\n", Beginning.INSIDE),
+        ("<|assistant|>\n<think></think>", Beginning.AFTER),
         ("<|im_start|>assistant\n<think>\n\n</think>\n\n", Beginning.AFTER),
         ("<|Assistant|></think>", Beginning.AFTER),
     ],
@@ -28,6 +30,12 @@ def test_a_prompt_says_where_its_answer_begins(prompt_end: str, beginning: Begin
 def test_some_models_think_whatever_their_prompt_says() -> None:
     assert FORMATS["deepseek_r1"].beginning("<|Assistant|>", "") is Beginning.INSIDE
     assert FORMATS["deepseek_r1"].beginning("<|Assistant|></think>", "") is Beginning.AFTER
+
+
+def test_a_thought_of_seed_oss_may_have_a_budget_of_nothing() -> None:
+    seed_oss = FORMATS["seed_oss"]
+    assert seed_oss.beginning("assistant\n<seed:think><seed:cot_budget_reflect>", "") is Beginning.INSIDE
+    assert seed_oss.beginning("assistant\n", "") is Beginning.BEFORE
 
 
 @pytest.mark.parametrize(
