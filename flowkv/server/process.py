@@ -18,6 +18,7 @@ from flowkv.server.access.site import Site
 from flowkv.server.app import create_app
 from flowkv.server.draining import Draining
 from flowkv.server.frontend import Frontend
+from flowkv.server.heap import give_large_blocks_back
 from flowkv.server.records.journal import Listener
 from flowkv.server.records.tracing import sending_spans
 from flowkv.server.text.byte_tokenizer import ByteTokenizer
@@ -50,6 +51,7 @@ def run_frontend(spec: FrontendSpec) -> int:
     The launcher gets `StartFailed` with one line, or `Ready` with the URL (a port of 0 is any free one) and, when the
     cluster is ready too, `Serving`.
     """
+    give_large_blocks_back()
     context: SyncContext = zmq.Context()
     outbox = Outbox(context, spec.key)
     try:
