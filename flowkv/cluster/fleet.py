@@ -111,7 +111,7 @@ class Fleet:
     def assign(self, request: Request, ask: Ask, placement: Placement, now_s: float) -> int:
         """Count a request that is being sent to its place; its dispatch sequence number there."""
         prefill = self.views[placement.prefill]
-        sequence = prefill.dispatched(request, placement.ttft_s, now_s)
+        sequence = prefill.dispatched(request, ask.num_prompt_tokens, placement.ttft_s, now_s)
         home = self.views[placement.decode[0]] if placement.decode else prefill
         is_near = not request.is_deferred  # nobody knows when such a one will come
         home.add_home(request.request_id, _home(ask) if is_near else Home(0.0, 0))

@@ -174,11 +174,10 @@ class InstanceView:
 
     # --- what is sent and heard ------------------------------------------------------------------------------------
 
-    def dispatched(self, request: Request, ttft_s: float, now_s: float) -> int:
-        """Count a request that is being sent here to be prefilled, and what was predicted for it; its dispatch sequence
-        number."""
+    def dispatched(self, request: Request, num_tokens: int, ttft_s: float, now_s: float) -> int:
+        """Count a request of which so many tokens are to be prefilled here, and what was predicted for it; its dispatch
+        sequence number."""
         sequence, self._next_sequence = self._next_sequence, self._next_sequence + 1
-        num_tokens = len(request.prompt_ids)
         work = Work(num_tokens, prefill_pairs(0, num_tokens))
         self._unseen.append(_Sent(sequence, request.request_id, work, request.is_deferred, now_s))
         self._count_unseen(work, request.is_deferred)

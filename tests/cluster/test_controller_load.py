@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 
 from flowkv.config import SchedulingConfig, SloConfig
-from flowkv.messages import Accepted, Rejected
-from flowkv.types import Role
+from flowkv.messages import Accepted, Rejected, Submit
+from flowkv.types import Request, Role, SamplingParams
 from tests.cluster.rig import Rig, dispatches, of_type
 
 FLEXIBLE = SchedulingConfig()
@@ -40,6 +40,14 @@ def test_mixed_instances_share_what_comes_between_two_reports() -> None:
     rig = rig_of(*[M] * 8)
     prefills = Counter(rig.dispatch(f"r{i}", num_tokens=500, max_tokens=100)[0] for i in range(80))
     assert len(prefills) == 8 and max(prefills.values()) - min(prefills.values()) <= 3
+
+
+def test_what_goes_on_elsewhere_counts_with_what_it_had_put_out() -> None:
+    rig = rig_of(M, M)
+    request = Request(request_id="x~1", prompt_ids=range(10), sampling=SamplingParams(max_tokens=600))
+    [(first, _)] = dispatches(rig.take(Submit("f", request, {0: [1] * 500}, resumes="x")))
+    others = {rig.dispatch(f"r{i}", num_tokens=50, max_tokens=1)[0] for i in range(5)}
+    assert others == {"mixed-0", "mixed-1"} - {first}
 
 
 def test_one_that_is_known_to_be_faster_gets_more() -> None:
