@@ -14,6 +14,8 @@ from flowkv.kv.blocks import BlockManager
 from flowkv.messages import Dispatch
 from flowkv.types import OutputIds
 
+_HEAD_START = 2**40  # more than ever arrive
+
 
 @dataclass(slots=True)
 class _Running:
@@ -65,18 +67,27 @@ class Requests:
         return sequence
 
     def resume(self, message: Dispatch) -> None:
-        """A request that goes on after what its choices have put out elsewhere: each is as if it was preempted here."""
+        """A request that goes on after what its choices have put out elsewhere: each is as if it was preempted here.
+
+        Its client has begun to read, so it counts as older than all whose first token is still to come.
+        """
         sequences = [
-            self._sequence(message, choice=choice, output_ids=output_ids)
+            self._sequence(message, choice=choice, output_ids=output_ids, head_start=_HEAD_START)
             for choice, output_ids in message.output_ids.items()
         ]
         self._queue(message.request.request_id, sequences)
 
     def _sequence(
-        self, message: Dispatch, *, choice: int = 0, num_choices: int = 1, output_ids: Iterable[int] = ()
+        self,
+        message: Dispatch,
+        *,
+        choice: int = 0,
+        num_choices: int = 1,
+        output_ids: Iterable[int] = (),
+        head_start: int = 0,
     ) -> Sequence:
         sequence = Sequence(
-            message.request, message.frontend_address, next(self._arrivals),
+            message.request, message.frontend_address, next(self._arrivals) - head_start,
             choice=choice, num_choices=num_choices, output_ids=list(output_ids),
         )  # fmt: skip
         sequence.stamps.queued_s = self._clock.now_s

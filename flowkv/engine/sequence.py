@@ -17,7 +17,8 @@ class Sequence:
 
     request: Request
     frontend_address: str
-    arrival: int  # order of arrival at this instance: the oldest start first, the youngest are preempted first
+    arrival: int  # order of arrival at this instance: the oldest start first, the youngest are preempted first;
+    # below zero for those that go on after output elsewhere
     choice: int = 0
     num_choices: int = 1
     is_decoding: bool = False  # in the decode queue; otherwise its KV is still being computed

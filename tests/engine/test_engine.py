@@ -267,6 +267,20 @@ def test_an_idle_instance_is_drained_at_once() -> None:
     assert [report.is_drained for report in reports(engine)] == [True]
 
 
+def test_what_goes_on_after_output_elsewhere_is_older_than_what_waits_for_its_first_token() -> None:
+    engine = make_engine(num_blocks=16)
+    engine.handle(Dispatch(1, make_request("first", 24), "f", []), 0.0)
+    engine.handle(Dispatch(2, make_request("second", 8), "f", []), 0.0)
+    for sequence, name in ((3, "lost"), (4, "lost later")):
+        engine.handle(Dispatch(sequence, make_request(name, 8), "f", [], output_ids={0: [9]}), 0.0)
+    assert [waiting.request.request_id for waiting in engine.scheduler.waiting] == [
+        "lost",
+        "lost later",
+        "first",
+        "second",
+    ]
+
+
 def test_finished_counts_the_tokens_of_all_choices() -> None:
     engine = make_engine(num_blocks=32)
     sampling = SamplingParams(max_tokens=5, n=3)
