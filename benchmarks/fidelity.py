@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from benchmarks import BenchmarkError, serve
-from benchmarks.report import ROOT, print_table, write_report
+from benchmarks.report import ROOT, print_table, write_results
 from benchmarks.spawn import ServerProcess, exit_on_sigterm
 from flowkv.config import ClusterConfig, load_config
 from flowkv.errors import FlowKVError
@@ -207,9 +207,7 @@ def main() -> None:
     except (BenchmarkError, FlowKVError) as error:
         sys.exit(f"benchmarks.fidelity: {error}")
     print_rows(console, rows)
-    options = {name: value if isinstance(value, int | list) else str(value) for name, value in vars(args).items()}
-    write_report(args.output, {"options": options, "rows": rows})
-    console.print(f"\nwrote {args.output}", highlight=False, soft_wrap=True)
+    write_results(console, args, {"rows": rows})
 
 
 if __name__ == "__main__":

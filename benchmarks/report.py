@@ -70,9 +70,16 @@ def _version(package: str) -> str | None:
 
 def write_results(console: Console, arguments: argparse.Namespace, results: Mapping[str, object]) -> None:
     """`results` with the options that they were taken with, to `arguments.output`; says so."""
-    options = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(arguments).items()}
+    options = {name: _plain(value) for name, value in vars(arguments).items()}
     write_report(arguments.output, {"options": options, **results})
     console.print(f"wrote {arguments.output}", highlight=False, soft_wrap=True)
+
+
+def _plain(value: object) -> object:
+    """As JSON has it, as far as it does."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, int | float) else str(value)
 
 
 def write_report(path: Path, results: Mapping[str, object]) -> None:

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import BenchmarkError, scrape
 from benchmarks.client import Answer, Client, gaps_s, run_of
-from benchmarks.report import ROOT, write_report
+from benchmarks.report import ROOT, write_results
 from benchmarks.spawn import ServerProcess, exit_on_sigterm
 from flowkv.errors import WorkloadError
 from flowkv.sim import report, workload
@@ -272,9 +272,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     results = [summary(configuration, _slo(args)) for configuration in measured]
     for result in results:
         report.print_summary(console, result["name"], result, _slo(args), notes(result))
-    options = {name: value if isinstance(value, int | list) else str(value) for name, value in vars(args).items()}
-    write_report(args.output, {"options": options, "configurations": results})
-    console.print(f"\nwrote {args.output}", highlight=False, soft_wrap=True)
+    write_results(console, args, {"configurations": results})
     return 1 if any(result["num_errors"] or result["num_refused"] for result in results) else 0
 
 
