@@ -16,14 +16,16 @@ class StopRequested(Exception):
 
 
 class StopSignals:
-    """Once `lets_drain` is set the first signal only asks for a drain, and `fd` can be read; one that comes a while
-    later raises `StopRequested`, once: a second time would interrupt the clearing up that it began."""
+    """Once `lets_drain` is set the first signal asks for a drain only; one that comes a while later, or before that,
+    for an end. `fd` can be read then, and `heed` says so: an exception out of nowhere would break off what must not be
+    left half done, such as the start of a process. (To block signals meanwhile is not enough: libraries have threads.)
+    """
 
     def __init__(self) -> None:
         self.lets_drain = False
         self.is_drain_asked = False
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._is_over = False
+        self._is_end_asked = False
         self._asked_s = -math.inf  # by a signal; an operator's drain may be cut short at once
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
@@ -33,9 +35,11 @@ class StopSignals:
         os.eventfd_write(self.fd, 1)
 
     def heed(self) -> None:
-        """`fd` has been seen."""
+        """Raises `StopRequested` if everything is to end; `fd` has been seen."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.fd)
+        if self._is_end_asked:
+            raise StopRequested
 
     def ignore(self) -> None:
         for number in STOP_SIGNALS:
@@ -48,6 +52,6 @@ class StopSignals:
         if self.lets_drain and not self.is_drain_asked:
             self._asked_s = time.monotonic()
             self.ask_drain()
-        elif not self._is_over and time.monotonic() > self._asked_s + _SAME_S:
-            self._is_over = True
-            raise StopRequested
+        elif time.monotonic() > self._asked_s + _SAME_S:
+            self._is_end_asked = True
+            os.eventfd_write(self.fd, 1)

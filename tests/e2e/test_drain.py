@@ -1,5 +1,6 @@
 """Real processes that are told to stop while they have something to do: what runs finishes, nothing new comes in."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,12 +10,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.e2e.server import Server, eventually, serving
+from tests.e2e.server import Launched, Server, cleared_up, eventually, serving
 from tests.e2e.test_toy_cluster import CHECKED, toy_tokens
 
 SLOW_STEPS = ("--set", "toy_step_s=0.02")
@@ -103,6 +105,23 @@ def test_a_server_without_requests_ends_at_once(signum: signal.Signals) -> None:
     with serving(*CHECKED) as server:
         assert server.stop(signum) == 0
         assert not any("draining" in line for line in server.lines)
+
+
+def test_a_signal_while_instances_are_started_interrupts_nothing() -> None:
+    """Their fork server takes seconds to load torch. numpy's threads in the launcher take signals that the thread which
+    starts a process has blocked."""
+    command = ("serve", "--port", "0", "--mixed", "1", "--kv-memory", "16MiB")
+    threads = {"OMP_NUM_THREADS": "2"}
+    with cleared_up(Launched(command, re.compile("mixed-0: starting"), environment=threads)) as launched:
+        eventually(lambda: any(map(is_fork_server, launched.processes())), "it has been asked for an instance")
+        assert launched.stop() == 0
+        assert not any("serving at" in line for line in launched.lines)
+
+
+def is_fork_server(pid: int) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+        return b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def test_a_frontend_that_dies_meanwhile_is_not_followed_by_another() -> None:

@@ -1,3 +1,4 @@
+import select
 import signal
 import time
 from collections.abc import Iterator
@@ -27,24 +28,36 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.mark.parametrize("signum", STOP_SIGNALS)
 def test_one_before_there_is_anything_to_drain_ends_it(signals: StopSignals, signum: signal.Signals) -> None:
+    signals.heed()
+    signal.raise_signal(signum)  # which interrupts nothing
+    assert is_readable(signals.fd)
     with pytest.raises(StopRequested):
-        signal.raise_signal(signum)
-    signal.raise_signal(signum)  # must not interrupt the clearing up
+        signals.heed()
 
 
 def test_the_same_telling_may_come_twice_and_a_second_one_ends_it(signals: StopSignals, clock: list[float]) -> None:
     signals.lets_drain = True
     signal.raise_signal(signal.SIGTERM)
-    assert signals.is_drain_asked
+    assert signals.is_drain_asked and is_readable(signals.fd)
     clock[0] += 0.2
     signal.raise_signal(signal.SIGTERM)
+    signals.heed()
+    assert not is_readable(signals.fd)
     clock[0] += 0.1
+    signal.raise_signal(signal.SIGINT)
+    assert is_readable(signals.fd)
     with pytest.raises(StopRequested):
-        signal.raise_signal(signal.SIGINT)
+        signals.heed()
 
 
 def test_what_an_operator_drains_ends_at_the_first_signal(signals: StopSignals, clock: list[float]) -> None:
     signals.lets_drain = True
     signals.ask_drain()
+    signals.heed()
+    signal.raise_signal(signal.SIGTERM)
     with pytest.raises(StopRequested):
-        signal.raise_signal(signal.SIGTERM)
+        signals.heed()
+
+
+def is_readable(fd: int) -> bool:
+    return bool(select.select([fd], [], [], 0.0)[0])
