@@ -4,8 +4,8 @@ from codecs import getincrementaldecoder
 from collections.abc import Callable
 from typing import Protocol
 
-from flowkv.server.reasoning.thought_format import ThoughtStart, thought
-from flowkv.server.tools.feed import Feed
+from flowkv.server.reasoning.thought_format import ThoughtStart, opens, thought
+from flowkv.server.tools.feed import Feed, Steps
 
 
 class TokenCounter(Protocol):
@@ -25,12 +25,12 @@ class NoThought:
 class ThoughtCounter:
     """Of one choice. It reads the tokens themselves, since their text may be held back.
 
-    Markers are counted, white space after the thought is not. Tokens that may turn out to open no thought wait.
+    Markers are counted, white space after the thought is not. Tokens that may turn out to open none wait.
     """
 
     def __init__(self, start: ThoughtStart, token_bytes: Callable[[int], bytes]) -> None:
         self._feed = Feed()
-        self._steps = thought(self._feed, start)
+        self._steps = self._thought(start)
         self._token_bytes = token_bytes
         self._decoder = getincrementaldecoder("utf-8")("replace")
         self._is_thought = start.is_open
@@ -50,9 +50,13 @@ class ThoughtCounter:
 
     def _read(self, text: str) -> None:
         self._feed.add(text)
-        try:
-            next(self._steps)
-        except StopIteration as end:
-            self._is_thought, self._is_over = end.value, True
-        else:
-            self._is_thought = self._is_thought or bool(self._feed.take())
+        self._is_over = next(self._steps, _OVER) is _OVER
+        self._feed.take()
+
+    def _thought(self, start: ThoughtStart) -> Steps[None]:
+        self._is_thought = yield from opens(self._feed, start)
+        if self._is_thought:
+            yield from thought(self._feed, start)
+
+
+_OVER = object()

@@ -1,6 +1,6 @@
 """One choice's text, of which the thought comes first and all else is another reader's."""
 
-from flowkv.server.reasoning.thought_format import ThoughtStart, thought
+from flowkv.server.reasoning.thought_format import ThoughtStart, opens, thought
 from flowkv.server.tools.feed import Feed, Piece, Reasoning, Steps, Text
 from flowkv.server.tools.reader import AnswerReader
 
@@ -42,5 +42,6 @@ _OVER = object()
 
 
 def _thought_and_space(feed: Feed, start: ThoughtStart) -> Steps[None]:
-    if (yield from thought(feed, start)):
+    if (yield from opens(feed, start)):
+        yield from thought(feed, start)
         yield from feed.space()

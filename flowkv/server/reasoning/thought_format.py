@@ -72,11 +72,13 @@ class ThoughtStart:
     call: tuple[str, str] | None = None  # a marker, and what follows it
 
 
-def thought(feed: Feed, start: ThoughtStart) -> Steps[bool]:
-    """Shows a thought without its markers and white space beside them; False, and nothing is read: there is none."""
-    has_opening = yield from feed.attempt(_opening(feed, start.format.openings))
-    if not (has_opening or start.is_open):
-        return False
+def opens(feed: Feed, start: ThoughtStart) -> Steps[bool]:
+    """Reads a thought's opening; False, and nothing is read: there is no thought."""
+    return (yield from feed.attempt(_opening(feed, start.format.openings))) or start.is_open
+
+
+def thought(feed: Feed, start: ThoughtStart) -> Steps[None]:
+    """Shows a thought that is open without its closing marker and white space beside its markers."""
     yield from feed.space()
     call, head = start.call or ("", "")
     markers = (*start.format.closings, call) if call else start.format.closings
@@ -85,7 +87,6 @@ def thought(feed: Feed, start: ThoughtStart) -> Steps[bool]:
             feed.put_back(call)
             break
         feed.refuse(call)
-    return True
 
 
 def _opening(feed: Feed, openings: tuple[str, ...]) -> Steps[bool]:

@@ -39,6 +39,8 @@ def counter(*, is_open: bool) -> ThoughtCounter:
         (False, [4, 5, 2, 1], 0),
         (False, [2, 0, 2, 1], 0),
         (False, [9, 2], 1),
+        (False, [0, 3], 2),
+        (False, [4, 5, 6, 3, 4], 5),
     ],
 )
 def test_tokens_up_to_the_closing_marker_count(is_open: bool, ids: list[int], number: int) -> None:
@@ -50,4 +52,4 @@ def test_tokens_up_to_the_closing_marker_count(is_open: bool, ids: list[int], nu
 
 def test_what_may_yet_be_no_thought_waits() -> None:
     waiting = counter(is_open=False)
-    assert [waiting.count([token_id]) for token_id in (4, 5, 6, 2, 2, 1, 2)] == [0, 0, 0, 4, 1, 1, 0]
+    assert [waiting.count([token_id]) for token_id in (4, 5, 6, 2, 2, 1, 2)] == [0, 0, 3, 1, 1, 1, 0]
