@@ -47,6 +47,8 @@ class ReasoningPlanner:
 
     def _thinking(self, start: ThoughtStart, tools: ToolPlan, *, is_shown: bool) -> AnswerPlan:
         lead = thought_lead(start.format, self._tokenizer.is_token, is_open=start.is_open)
+        if tools.constraint is not None and not lead:
+            return AnswerPlan(tools, NoThought)  # which the grammar leaves no place for
         plan = replace(
             tools,
             new_reader=lambda: ThoughtReader(start, tools.new_reader(), is_shown=is_shown),

@@ -53,3 +53,18 @@ def test_a_thought_stands_before_all_else(prompt: str, start: str) -> None:
     assert found.tools.markers == ("<x>", "<think>", "</think>")
     assert found.new_counter is not None and found.new_counter().count(list(b"<think>x</think>y")) == 16
     assert isinstance(TOOLS.new_reader(), PlainReader)
+
+
+class Named(Templated):
+    """Whose markers are tokens that no grammar can name."""
+
+    def is_token(self, text: str) -> bool:
+        return text in ("[THINK]", "[/THINK]")
+
+
+@pytest.mark.parametrize("continued", ["", "[THINK]Hm"])
+def test_an_answer_that_is_bound_from_its_first_token_has_no_thought(continued: str) -> None:
+    planner = ReasoningPlanner(Named("[/THINK]"), "auto")
+    assert planner.plan(TOOLS, list(b"x"), continued, is_shown=True) == AnswerPlan(TOOLS, NoThought)
+    free = planner.plan(replace(TOOLS, constraint=None), list(b"x"), continued, is_shown=True)
+    assert isinstance(free.tools.new_reader(), ThoughtReader)
