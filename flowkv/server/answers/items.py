@@ -80,6 +80,8 @@ class ResponseItems:
     def close(self, status: Status) -> list[Event]:
         """No more comes; an answer of nothing is a message of nothing."""
         opening = [] if self.items else self._open_message()
+        if self._is_open and isinstance(self._last, OutputMessage):
+            self._last.content[0].logprobs += self._logprobs  # of tokens that end it, and are no text
         return opening + self._close_last(status)
 
     def _take_text(self, text: str) -> list[Event]:

@@ -34,8 +34,7 @@ class InputItem(msgspec.Struct, frozen=True, kw_only=True):
                 call = ToolCall(id=_needed(self.call_id, where, "call_id"), function=function)
                 message = ChatMessage("assistant", tool_calls=[call])
             case "reasoning":
-                parts = [] if self.content is None or isinstance(self.content, str) else self.content
-                message = ChatMessage("assistant", reasoning_content="".join(part.text or "" for part in parts))
+                message = ChatMessage("assistant", reasoning_content=ChatMessage("assistant", self.content).text or "")
             case "function_call_output":
                 output = _needed(self.output, where, "output")
                 message = ChatMessage("tool", output, tool_call_id=_needed(self.call_id, where, "call_id"))
@@ -147,7 +146,7 @@ class ResponsesBody(msgspec.Struct, frozen=True, kw_only=True):
             message = item.message(f"input[{number}]")
             last = messages[-1] if messages else None
             if last is not None and last.is_thought and message.role == "assistant":
-                messages[-1] = msgspec.structs.replace(message, reasoning_content=last.reasoning_content)
+                messages[-1] = _with_thought(message, last)
             elif last is not None and message.tool_calls and last.role == "assistant":
                 messages[-1] = _with_calls(last, message.tool_calls)
             else:
@@ -176,6 +175,12 @@ def decode_responses(data: bytes) -> ResponsesBody:
 def _with_calls(message: ChatMessage, calls: list[ToolCall]) -> ChatMessage:
     """Items of one turn are one message to a template."""
     return msgspec.structs.replace(message, tool_calls=[*(message.tool_calls or []), *calls])
+
+
+def _with_thought(message: ChatMessage, thought: ChatMessage) -> ChatMessage:
+    """It may be one more thought."""
+    thoughts = [part for part in (thought.reasoning_content, message.reasoning_content) if part]
+    return msgspec.structs.replace(message, reasoning_content="\n".join(thoughts))
 
 
 def _tool(tool: FunctionTool) -> Tool:

@@ -214,7 +214,7 @@ def test_log_probabilities_of_a_response_are_those_of_its_text(ending: Served, s
     data = answer.text.strip().rpartition("data: ")[2] if stream else answer.text
     found = json.loads(data)
     (_, message) = (found["response"] if stream else found)["output"]
-    assert "".join(entry["token"] for entry in message["content"][0]["logprobs"]).rstrip("\0") == "Two."
+    assert "".join(entry["token"] for entry in message["content"][0]["logprobs"]) == "Two.\0"  # and of its end
 
 
 def test_a_response_that_is_cut_within_its_thought(served: Served, client: openai.OpenAI) -> None:
@@ -240,3 +240,12 @@ def test_what_came_out_can_go_back_in(ending: Served, client: openai.OpenAI, mon
     assert [message.get("reasoning_content") for message in conversation.messages] == [None, "Hm.", None, "So."]
     assert conversation.messages[1]["tool_calls"] and conversation.messages[3]["content"] == "Two."
     assert conversation.variables == {"reasoning_effort": "high"}
+
+
+def test_thoughts_that_follow_each_other_all_go_back_in(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = conversations(monkeypatch)
+    thoughts = [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": text}]} for text in ("Hm.", "So.")]
+    items = [*USER, *thoughts, {"type": "reasoning", "summary": []}, {"role": "assistant", "content": "Two."}]
+    assert served.client.post("/v1/responses", json={"input": items, "max_output_tokens": 1}).status_code == 200
+    (conversation,) = seen
+    assert [message.get("reasoning_content") for message in conversation.messages] == [None, "Hm.\nSo."]
