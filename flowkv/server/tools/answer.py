@@ -7,6 +7,7 @@ from flowkv.server.tools.plan import ToolPlan
 from flowkv.server.tools.reader import call_id
 from flowkv.types import FinishReason
 
+MAX_PUSHED = 4096  # characters: readers take the square of what they get at once, and an answer may be long
 TOOL_CALLS = "tool_calls"  # the reason why an answer with calls has ended, in OpenAI's words
 
 
@@ -39,7 +40,8 @@ class Answer:
 
     def read(self, text: str, finish_reason: FinishReason | None) -> list[Piece]:
         """What is new, in its order."""
-        pieces = self._reader.push(text)
+        parts = [text[at : at + MAX_PUSHED] for at in range(0, len(text), MAX_PUSHED)] or [""]
+        pieces = [piece for part in parts for piece in self._reader.push(part)]
         if finish_reason is not None:
             pieces += self._reader.finish()
         for piece in pieces:

@@ -4,8 +4,9 @@ A format is a generator over a `Feed`: it yields where it needs more text, and g
 cannot depend on where the text was cut. What it shows as a part of a call is out for good; before that it may go back.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TypeVar
 
 from flowkv.server.text.json_text import loads_strict
@@ -72,8 +73,9 @@ class Feed:
         self._has_ended = True
 
     def take(self) -> list[Piece]:
+        """What was shown since the last time: text that follows text is one piece."""
         pieces, self._pieces = self._pieces, []
-        return pieces
+        return [piece for kind, run in groupby(pieces, type) for piece in _joined(kind, run)]
 
     @property
     def unread(self) -> str:
@@ -305,6 +307,13 @@ class Feed:
 
     def _cut(self, at: int) -> None:
         self._text, self._at = self._text[at:], 0
+
+
+def _joined(kind: type[Piece], run: Iterator[Piece]) -> Iterator[Piece]:
+    if kind is Text:
+        yield Text("".join(piece.text for piece in run if isinstance(piece, Text)))
+    else:
+        yield from run
 
 
 def as_arguments(raw: str) -> str:
