@@ -44,6 +44,7 @@ class Nixl:
     def __init__(self) -> None:
         os.environ.setdefault("NIXL_LOG_LEVEL", "FATAL")  # what fails is raised, and logged by those who catch it
         os.environ.setdefault("UCX_LOG_LEVEL", "fatal")
+        os.environ.setdefault("UCX_DEBUG_SIGNO", "0")  # none; SIGHUP would make it log all that it does from then on
         try:
             package = _package()
             self._api = importlib.import_module(f"{package}._api")

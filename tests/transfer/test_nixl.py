@@ -360,6 +360,19 @@ def test_a_stopped_peer_holds_up_its_own_transfers_only(large_peer: Peer) -> Non
         side.transfer.close()
 
 
+def test_who_uses_nixl_keeps_ignoring_what_it_ignores() -> None:
+    """A terminal that is closed sends it to all: UCX would take it for a wish to read all that it does."""
+    code = """if True:
+        import signal
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        from flowkv.transfer.nixl_agent import Nixl
+        agent = Nixl().open_writing("p")
+        signal.raise_signal(signal.SIGHUP)
+        del agent
+    """
+    assert subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE).stdout == b""
+
+
 def test_a_toy_instance_that_uses_nixl_loads_no_torch() -> None:
     if not metadata.version("torch").endswith("+cpu"):
         pytest.skip("torch has CUDA: NIXL reads of which version in a file of it")
