@@ -28,7 +28,8 @@ class StopSignals:
         self._is_end_asked = False
         self._asked_s = -math.inf  # by a signal; an operator's drain may be cut short at once
         for number in STOP_SIGNALS:
-            signal.signal(number, self._handle)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` wants it
+                signal.signal(number, self._handle)
 
     def ask_drain(self) -> None:
         self.is_drain_asked = True

@@ -2,6 +2,7 @@ import select
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
@@ -10,13 +11,17 @@ from flowkv.signals import STOP_SIGNALS
 
 
 @pytest.fixture
-def signals() -> Iterator[StopSignals]:
+def handlers_put_back() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    some = StopSignals()
-    yield some
-    some.close()
+    yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def signals(handlers_put_back: None) -> Iterator[StopSignals]:
+    with closing(StopSignals()) as some:
+        yield some
 
 
 @pytest.fixture
@@ -57,6 +62,17 @@ def test_what_an_operator_drains_ends_at_the_first_signal(signals: StopSignals, 
     signal.raise_signal(signal.SIGTERM)
     with pytest.raises(StopRequested):
         signals.heed()
+
+
+@pytest.mark.usefixtures("handlers_put_back")
+def test_who_is_started_by_nohup_outlives_its_terminal() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with closing(StopSignals()) as signals:
+        signal.raise_signal(signal.SIGHUP)
+        signals.heed()
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(StopRequested):
+            signals.heed()
 
 
 def is_readable(fd: int) -> bool:
