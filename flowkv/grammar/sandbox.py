@@ -19,8 +19,9 @@ from flowkv.errors import GrammarError
 from flowkv.grammar.worker import CPU_S, read_frame, write_frame
 from flowkv.types import Grammar
 
-# A worker has some 30 MiB. What a large grammar took stays in its heap, so one that has grown is followed by another.
-MAX_RESIDENT_BYTES = 56 * 2**20
+# What a large grammar took stays in a worker's heap, so one that has grown is followed by another. How large it is
+# before is the tokenizer's and the platform's: some 30 MiB here.
+MAX_GROWN_BYTES = 24 * 2**20
 
 
 @dataclass(slots=True, weakref_slot=True)
@@ -28,6 +29,10 @@ class _Worker:
     process: "subprocess.Popen[bytes]"
     requests: BinaryIO
     verdicts: BinaryIO
+    first_bytes: int = 0  # resident, when it had read its tokenizer
+
+    def has_grown(self) -> bool:
+        return _resident_bytes(self.process.pid) - self.first_bytes > MAX_GROWN_BYTES
 
 
 class Sandbox:
@@ -50,7 +55,7 @@ class Sandbox:
             verdict = None
         if verdict is None:
             raise GrammarError(_how(worker.process.wait()))
-        if _resident_bytes(worker.process.pid) > MAX_RESIDENT_BYTES:
+        if worker.has_grown():
             self._worker = None
         if verdict:
             raise GrammarError(verdict.decode())
@@ -65,6 +70,8 @@ class Sandbox:
         self._worker = worker = _Worker(process, process.stdin, process.stdout)  # type: ignore[arg-type]
         weakref.finalize(worker, _end, process)
         write_frame(worker.requests, self._tokenizer.encode())
+        read_frame(worker.verdicts)
+        worker.first_bytes = _resident_bytes(process.pid)
         return worker
 
 

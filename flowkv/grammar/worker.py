@@ -20,13 +20,17 @@ _decoder = msgspec.msgpack.Decoder(Grammar)
 
 
 def main() -> None:
-    """Until standard input ends. The first frame is a tokenizer (`small_tokenizer`), all others are grammars."""
+    """Until standard input ends. The first frame is a tokenizer (`small_tokenizer`), all others are grammars.
+
+    Each has a verdict; the tokenizer's says that it has been read.
+    """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
     vocabulary = None
     while (frame := read_frame(sys.stdin.buffer)) is not None:
         if vocabulary is None:
             vocabulary = Vocabulary.of_small(frame.decode())
+            write_frame(sys.stdout.buffer, b"")
             continue
         signal.setitimer(signal.ITIMER_PROF, CPU_S)  # its signal ends the process, wherever it is
         verdict = _verdict(_decoder.decode(frame), vocabulary)

@@ -75,12 +75,21 @@ def test_a_process_that_has_grown_is_replaced(monkeypatch: pytest.MonkeyPatch) -
     sandbox.check(grammar("regex", "[0-9]+"))
     assert sandbox._worker is not None
     pid = sandbox._worker.process.pid
-    monkeypatch.setattr("flowkv.grammar.sandbox.MAX_RESIDENT_BYTES", 2**20)
+    monkeypatch.setattr("flowkv.grammar.sandbox.MAX_GROWN_BYTES", -1)
     with pytest.raises(GrammarError, match="look-around"):
         sandbox.check(grammar("regex", "(?=a)"))
     gc.collect()
     assert not Path(f"/proc/{pid}").exists()
     sandbox.check(grammar("regex", "[0-9]+"))
+
+
+def test_what_a_process_has_from_its_start_is_no_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowkv.grammar.sandbox.MAX_GROWN_BYTES", 8 * 2**20)  # less than Python takes
+    sandbox = Sandbox(small_tokenizer(decoders.ByteLevel()))
+    sandbox.check(grammar("regex", "[0-9]+"))
+    first = sandbox._worker
+    sandbox.check(grammar("regex", "[0-9]*"))
+    assert sandbox._worker is first is not None
 
 
 def test_no_code_of_the_current_directory_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from benchmarks.chaos.havoc import Chaos
-from flowkv.grammar.sandbox import MAX_RESIDENT_BYTES
+from flowkv.grammar.sandbox import MAX_GROWN_BYTES
 from tests.e2e.server import Server
 from tests.e2e.test_toy_cluster import toy_tokens
 from tests.heavy.bodies import BODIES, field_names
@@ -88,8 +88,8 @@ def resident_bytes(server: Server) -> dict[str, int]:
 
 def largest_bytes(name: str, before: int) -> int:
     """What a process may have at the end. One that compiles grammars is ended when it has grown."""
-    may_have = before + SLACK_BYTES + int(GROWTH_FRACTION * before)
-    return max(may_have, MAX_RESIDENT_BYTES) if name.startswith("python") else may_have
+    growth = SLACK_BYTES + int(GROWTH_FRACTION * before)
+    return before + (max(growth, MAX_GROWN_BYTES) if name.startswith("python") else growth)
 
 
 def _resident_pages(pid: int) -> int:
