@@ -11,13 +11,16 @@ from hypothesis import settings
 
 from tests.effort import THOROUGH
 
-gc.disable()  # until all tests are imported: what could be freed by then is not worth the search
-
 settings.register_profile("flowkv", deadline=None, print_blob=True)
 settings.load_profile("flowkv")
 
 # They start servers and wait for them, up to minutes a file; the rest, seconds each, lets all workers end together.
 _FIRST = ("tests/e2e/test_two_nodes.py", "tests/e2e/", "tests/heavy/", "tests/browser/", "tests/test_cli.py")
+
+
+def pytest_collectstart() -> None:
+    """Called by those who collect, which the parent of test processes does not."""
+    gc.disable()  # until all tests are imported: what could be freed by then is not worth the search
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

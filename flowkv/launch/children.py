@@ -71,12 +71,12 @@ class Children:
             target=child_main, args=(name, list(orphaned_folders), target, args, self.logging), name=f"flowkv {name}"
         )  # fmt: skip
         # A signal to the whole group must not find a process that does not know yet what to do with it, nor ever the
-        # fork server. (To start the tracker would unblock some of them.)
-        with without_cwd():
-            resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, END_SIGNAL})
+        # fork server or the tracker.
         try:
             with without_cwd():
+                signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, END_SIGNAL})
+                resource_tracker.ensure_running()  # which unblocks those that it ignores
+                signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, END_SIGNAL})
                 process.start()
             child = self._children[name] = Child(name, process, _pid_fd(process))
             self._poller.register(child.pid_fd, zmq.POLLIN)

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.server import Launched, Server, cleared_up, eventually, serving
+from tests.e2e.server import Launched, Server, cleared_up, eventually, pause, serving
 from tests.e2e.test_toy_cluster import CHECKED, toy_tokens
 
 SLOW_STEPS = ("--set", "toy_step_s=0.02")
@@ -80,16 +80,20 @@ def test_a_second_signal_does_not_wait() -> None:
         assert [answer.result(30.0)[1] for answer in answers] == ["abort", "abort"]
 
 
-def test_a_signal_to_the_whole_group_reaches_the_launcher_alone_and_once() -> None:
-    """As `timeout` sends it, and systemd unless told otherwise; the fork server is needed still."""
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_whole_group_reaches_the_launcher_alone_and_once(signum: signal.Signals) -> None:
+    """As `timeout` sends it, a closed terminal, and systemd unless told otherwise; the fork server is needed still."""
     with serving(*CHECKED, *SLOW_STEPS) as server, streaming(server, 4, max_tokens=100) as answers:
-        server.process.send_signal(signal.SIGTERM)
-        os.killpg(server.process.pid, signal.SIGTERM)
+        pause(server.pid)  # it finds two of them at once, however slowly they are sent
+        server.process.send_signal(signal.SIGINT)
+        os.killpg(server.pid, signum)
+        server.process.send_signal(signal.SIGCONT)
         server.wait_for_line(re.compile("draining: 4 requests"))
         os.kill(server.pid_of("decode-0"), signal.SIGKILL)
         assert [answer.result(30.0) for answer in answers] == finished(4, 100)
         assert server.wait() == 0
         assert any("decode-0 was killed by SIGKILL; starting it again" in line for line in server.lines)
+        assert not any("resource_tracker" in line for line in server.lines)
 
 
 def test_what_takes_too_long_is_ended() -> None:
@@ -138,7 +142,7 @@ def test_a_frontend_that_dies_meanwhile_is_not_followed_by_another() -> None:
 
 
 def test_an_operator_may_ask_for_it() -> None:
-    with serving(*CHECKED, *SLOW_STEPS) as server, streaming(server, 2, max_tokens=60) as answers:
+    with serving(*CHECKED, *SLOW_STEPS) as server, streaming(server, 2, max_tokens=100) as answers:
         assert server.client.post("/admin/drain").json() == {"num_requests": 2, "timeout_s": 30.0}
-        assert [answer.result(30.0) for answer in answers] == finished(2, 60)
+        assert [answer.result(30.0) for answer in answers] == finished(2, 100)
         assert server.wait() == 0
