@@ -20,6 +20,7 @@ from flowkv.messages import Message
 from flowkv.wire import Outbox, SyncContext
 
 START_TIMEOUT_S = 120.0
+_LAST_LINES_S = 10.0  # to read what was printed last
 _SERVING = re.compile(r"serving at (http://\S+)")
 
 
@@ -101,10 +102,9 @@ class Launched:
         return self.wait()
 
     def wait(self) -> int:
+        """Until it has ended; the exit code. What it has left behind may go on printing."""
         code = self.process.wait(60.0)
-        self._reader.join()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
+        self._reader.join(_LAST_LINES_S)
         return code
 
     def close(self) -> None:
@@ -113,6 +113,9 @@ class Launched:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.wait()
+        self._reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
         self._tmp.cleanup()
 
     def _read(self) -> None:
