@@ -114,8 +114,8 @@ class ChatFormat(ChunkFormat):
         )
         return opening + event(self._chunk(choice, usage))
 
-    def whole(self, choices: list[Collected], usage: Usage) -> bytes:
-        shapes = [self._choice(number, choice) for number, choice in enumerate(choices)]
+    def whole(self, usage: Usage) -> bytes:
+        shapes = [self._choice(number, choice) for number, choice in sorted(self._collected.items())]
         envelope = self._head.envelope(self.kind, shapes, usage)
         envelope.prompt_token_ids = self._ids(self._prompt_ids)
         return encode(envelope)

@@ -52,10 +52,10 @@ class CompletionFormat(ChunkFormat):
     def events(self, delta: Delta, usage: Usage) -> bytes:
         return event(self._chunk(self._choice(delta.choice, delta, delta.prompt_logprobs), usage))
 
-    def whole(self, choices: list[Collected], usage: Usage) -> bytes:
+    def whole(self, usage: Usage) -> bytes:
         shapes = [
-            self._choice(number, choice, choices[number - number % self._n].prompt_logprobs)
-            for number, choice in enumerate(choices)
+            self._choice(number, choice, self._collected[number - number % self._n].prompt_logprobs)
+            for number, choice in sorted(self._collected.items())
         ]
         return encode(self._head.envelope(self.kind, shapes, usage))
 

@@ -1,5 +1,6 @@
 """What OpenAI's answers have in common, whole ones and streams of server-sent events: envelopes and usage."""
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -59,7 +60,6 @@ class Collected:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    num_thought_tokens: int = 0  # the first of them
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
@@ -68,7 +68,6 @@ class Collected:
     def add(self, delta: Delta) -> None:
         self.text += delta.text
         self.token_ids += delta.token_ids
-        self.num_thought_tokens += delta.num_thought_tokens
         self.logprobs += delta.logprobs
         self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
@@ -120,7 +119,13 @@ class ResponseFormat(Protocol):
         """The last of a stream."""
         ...
 
-    def whole(self, choices: list[Collected], usage: Usage) -> bytes: ...
+    def collect(self, delta: Delta) -> None:
+        """One more of an answer that goes out whole."""
+        ...
+
+    def whole(self, usage: Usage) -> bytes:
+        """What was collected, which is all of it."""
+        ...
 
 
 class ChunkFormat:
@@ -131,6 +136,10 @@ class ChunkFormat:
     def __init__(self, head: Head, stream_usage: StreamUsage) -> None:
         self._head = head
         self._stream_usage = stream_usage
+        self._collected: defaultdict[int, Collected] = defaultdict(Collected)
+
+    def collect(self, delta: Delta) -> None:
+        self._collected[delta.choice].add(delta)
 
     def failure(self, error: RequestError) -> bytes:
         return event(error_fields(error))

@@ -7,7 +7,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from flowkv.errors import RequestError
-from flowkv.server.answers.envelope import Collected, ResponseFormat
+from flowkv.server.answers.envelope import ResponseFormat
 from flowkv.server.answers.meter import TokenMeter
 from flowkv.server.choice import Delta
 from flowkv.server.records.timeline import server_timing
@@ -88,17 +88,17 @@ class GenerationResponse:
         return self._shape.events(delta, self._meter.usage)
 
     async def _send_whole(self, send: Send) -> None:
-        choices = [Collected() for _ in range(self._num_choices)]
+        reasons: list[FinishReason | None] = [None] * self._num_choices
         async for deltas in self._stream:
             for delta in deltas:
                 self._meter.count(delta)
-                choices[delta.choice].add(delta)
-        reasons = {choice.finish_reason for choice in choices}
+                self._shape.collect(delta)
+                reasons[delta.choice] = delta.finish_reason
         if None in reasons:
             raise ClientDisconnect
         if FinishReason.ABORT in reasons:  # the server stops: a part must not be taken for the whole
             raise RequestError("the request was aborted", status=503, code="aborted")
-        body = self._shape.whole(choices, self._meter.usage)
+        body = self._shape.whole(self._meter.usage)
         headers = [*JSON_HEADERS, (b"content-length", str(len(body)).encode())]
         if self._wants_timeline:
             headers.append((b"server-timing", self._server_timing()))

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import msgspec
 
 from flowkv.errors import RequestError
-from flowkv.server.answers.envelope import Collected, Head, PromptTokensDetails, Usage, encode
+from flowkv.server.answers.envelope import Head, PromptTokensDetails, Usage, encode
 from flowkv.server.answers.items import Event, OutputItem, ResponseItems
 from flowkv.server.answers.logprobs import ChatTokenLogprob, chat_logprobs
 from flowkv.server.bodies.responses import FunctionTool, NamedFunction, ResponsesBody, TextFormat, TextOptions
@@ -85,13 +85,14 @@ class ResponsesFormat:
         self._finish(usage)
         return self._encode([(f"response.{self._response.status}", {"response": self._response})])
 
-    def whole(self, choices: list[Collected], usage: Usage) -> bytes:
-        (choice,) = choices
-        self._take(choice)
+    def collect(self, delta: Delta) -> None:
+        self._take(delta)
+
+    def whole(self, usage: Usage) -> bytes:
         self._finish(usage)
         return encode(self._response)
 
-    def _take(self, new: Delta | Collected) -> list[Event]:
+    def _take(self, new: Delta) -> list[Event]:
         finish_reason = new.finish_reason
         pieces = self._answer.read(new.text, finish_reason)
         events = self._items.take(pieces, self._shape(new.logprobs), new.num_thought_tokens)

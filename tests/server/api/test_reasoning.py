@@ -207,14 +207,18 @@ def test_a_response_has_an_item_of_its_thought(ending: Served, client: openai.Op
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_log_probabilities_of_a_response_are_those_of_its_text(ending: Served, stream: bool) -> None:
-    ending.cluster.answer = stopping("<think>Hm.</think>Two.")
-    body = {"input": "hi", "include": ["message.output_text.logprobs"], "stream": stream}
+@pytest.mark.parametrize(("call", "tokens"), [("", "Two.\0"), (CALL, "Two.")])  # and of its end
+def test_log_probabilities_of_a_response_are_those_of_its_text(
+    ending: Served, stream: bool, call: str, tokens: str
+) -> None:
+    ending.cluster.answer = stopping(f"<think>Hm.</think>Two.{call}")
+    body = {"input": "hi", "include": ["message.output_text.logprobs"], "stream": stream, "tools": [FUNCTION]}
     answer = ending.client.post("/v1/responses", json=body)
     data = answer.text.strip().rpartition("data: ")[2] if stream else answer.text
     found = json.loads(data)
-    (_, message) = (found["response"] if stream else found)["output"]
-    assert "".join(entry["token"] for entry in message["content"][0]["logprobs"]) == "Two.\0"  # and of its end
+    (_, message, *calls) = (found["response"] if stream else found)["output"]
+    assert "".join(entry["token"] for entry in message["content"][0]["logprobs"]) == tokens
+    assert len(calls) == bool(call)
 
 
 def test_a_response_that_is_cut_within_its_thought(served: Served, client: openai.OpenAI) -> None:
