@@ -48,8 +48,8 @@ FORMATS: dict[str, ThoughtFormat] = {  # looked for in this order
     "kimi": ThoughtFormat(("\u25c1think\u25b7",), ("\u25c1/think\u25b7",)),
     "mistral": ThoughtFormat(("[THINK]",), ("[/THINK]",)),
     "seed_oss": ThoughtFormat(
-        ("<seed:think>", "<seed:think><seed:cot_budget_reflect>"),
-        ("</seed:think>",),  # the latter: a budget of 0
+        ("<seed:think>", "<seed:think><seed:cot_budget_reflect>"),  # the latter ends prompts with a budget of 0
+        ("</seed:think>",),
     ),
 }
 _SIGNS = {
