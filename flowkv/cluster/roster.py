@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from flowkv.cluster.fleet import Fleet
 from flowkv.cluster.load import InstanceView
+from flowkv.cluster.nodes import node_name
 from flowkv.cluster.roles import Flip
 from flowkv.cluster.rolling import Rolling
 from flowkv.config import RestartConfig, SchedulingConfig
@@ -21,8 +22,8 @@ from flowkv.types import Regime, Role, RollingRestart
 
 
 class Roster:
-    """`num_instances` run or are being started, if nobody else starts any. With `launcher_address` None nobody starts
-    or stops instances, and only roles are set.
+    """`num_instances` run or are being started on this node, if nobody else starts any. With `launcher_address` None
+    nobody starts or stops instances, and only roles are set.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Roster:
         self._scheduling = scheduling
         self._kills_hung = restart.hung
         self._rolling = Rolling(drain_timeout_s, self._drain, self._restart)
-        self._num_wanted = num_instances
+        self._num_wanted = num_instances  # on this node
         self._launcher_address = launcher_address
         self._send = send
         self._roles_due_s = 0.0
@@ -95,7 +96,8 @@ class Roster:
 
     def did_not_start(self, name: str) -> None:
         """It never came: one that was added is wanted no more; one that was restarted still is."""
-        self._num_wanted -= RESTART_MARK not in name
+        if RESTART_MARK not in name:
+            self._want_fewer(name)
 
     # --- roles and scale -------------------------------------------------------------------------------------------
 
@@ -116,12 +118,13 @@ class Roster:
 
     def _scale_out(self) -> None:
         """Ask for one more, of the role that there is less of."""
-        num_instances = max(len(self._views), self._num_wanted)
-        if self._launcher_address is None or num_instances >= self._scheduling.max_instances:
+        num_joined = sum(node_name(name) is not None for name in self._views)
+        num_own = max(len(self._views) - num_joined, self._num_wanted)
+        if self._launcher_address is None or num_own + num_joined >= self._scheduling.max_instances:
             return
         roles = [view.wanted_role for view in self._views.values()]
         role = Role.MIXED if Role.MIXED in roles else min((Role.PREFILL, Role.DECODE), key=roles.count)
-        self._num_wanted = num_instances + 1
+        self._num_wanted = num_own + 1
         self._send(self._launcher_address, StartInstance(role))
 
     def _scale_in(self) -> None:
@@ -143,6 +146,10 @@ class Roster:
 
     def _stop(self, view: InstanceView) -> None:
         if self._launcher_address is not None:
-            self._num_wanted -= 1
+            self._want_fewer(view.name)
             view.is_stopping = True
             self._send(self._launcher_address, StopInstance(view.name))
+
+    def _want_fewer(self, name: str) -> None:
+        """By this one, unless it is another node's: those come and go."""
+        self._num_wanted -= node_name(name) is None

@@ -91,6 +91,28 @@ def test_one_that_could_not_start_may_be_started_again() -> None:
     assert len(rig.overload(50)) == 1
 
 
+def test_what_other_nodes_take_away_again_is_not_made_up_for() -> None:
+    """While one of this node is started again nobody else is wanted."""
+    rig = Scaled(M, M, max_instances=2)
+    joined = "mixed-0@node-1"
+    rig.register(joined, M)
+    rig.controller.roster.retire(joined)
+    assert (LAUNCHER, StopInstance(joined)) in rig.report(joined, is_drained=True)
+    rig.exits(joined)
+    rig.exits("mixed-1@node-1")  # which never came
+    rig.exits("mixed-1")
+    assert rig.overload(50) == []
+
+
+def test_what_was_added_beside_other_nodes_is_not_taken_for_theirs_when_they_have_gone() -> None:
+    rig = Scaled(M, max_instances=3)
+    rig.register("mixed-0@node-1", M)
+    assert len(rig.overload(50)) == 1
+    rig.register("mixed-1", M)
+    rig.exits("mixed-0@node-1")
+    assert len(rig.overload(50)) == 1
+
+
 def test_the_role_that_there_is_less_of_is_added() -> None:
     [start] = Scaled(P, D, D, max_instances=4).overload(50)
     assert start.role is P
