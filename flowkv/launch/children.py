@@ -20,6 +20,7 @@ from flowkv.signals import END_SIGNAL, STOP_SIGNALS
 
 _STOP_TIMEOUT_S = 10.0
 _EXIT_CODE_TIMEOUT_S = 1.0  # for the fork server to say how its child ended
+_UNKNOWN_EXIT_CODE = 255  # what multiprocessing says where the fork server has died
 
 
 class NotStarted(FlowKVError):
@@ -50,7 +51,7 @@ class Child:
     def describe_exit(self) -> str:
         self.process.join(_EXIT_CODE_TIMEOUT_S)
         exitcode = self.process.exitcode
-        if exitcode is None:
+        if exitcode is None or exitcode == _UNKNOWN_EXIT_CODE:
             return "ended"
         return f"was killed by {_signal_name(-exitcode)}" if exitcode < 0 else f"exited with code {exitcode}"
 

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,6 +60,18 @@ def test_a_signal_without_a_name_has_a_number(started: tuple[Children, Child]) -
     some, child = started
     child.send_signal(signal.SIGRTMIN + 6)
     assert ends_of(some) == [f"was killed by signal {signal.SIGRTMIN + 6}"]
+
+
+def test_how_it_ended_is_not_made_up_where_the_fork_server_has_died() -> None:
+    some = Children(zmq.Poller())
+    some.stop_all()  # with the fork server of a test before this one
+    child = some.start("sleeper", multiprocessing.get_context("forkserver"), time.sleep, 600)
+    fork_server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    os.kill(fork_server, signal.SIGKILL)
+    os.waitid(os.P_PID, fork_server, os.WEXITED | os.WNOWAIT)
+    some.kill(child.name)
+    assert ends_of(some) == ["ended"]
+    some.stop_all()
 
 
 def test_who_cannot_be_watched_is_not_left_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
