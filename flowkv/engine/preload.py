@@ -7,7 +7,10 @@ which shares it with the others, would copy the pages that are looked at.
 import gc
 from importlib import import_module
 
+from flowkv.engine.run_folder import remove_late_comers
+
 gc.disable()
 import_module("flowkv.engine.torch_model")
 gc.freeze()
 gc.enable()
+remove_late_comers()

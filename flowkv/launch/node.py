@@ -19,6 +19,7 @@ import zmq
 from flowkv.auth import ClusterKey
 from flowkv.config import ClusterConfig
 from flowkv.engine.process import InstanceSpec
+from flowkv.engine.run_folder import LAUNCHER, RUN_FOLDER_VARIABLE
 from flowkv.launch.children import Children
 from flowkv.launch.display import Display
 from flowkv.launch.instances import Instances
@@ -59,7 +60,7 @@ class Node:
         self.run_folder = run_folder
         self.context = SyncContext()
         stack.callback(self.context.term)
-        self.address = self.ipc_address("launcher")
+        self.address = self.ipc_address(LAUNCHER)
         self._mailbox = Mailbox(self.context, self.address)
         stack.callback(self._mailbox.close)
         self.outbox = Outbox(self.context, key)
@@ -88,6 +89,7 @@ class Node:
         """Let instances be forked with what they need loaded; the way to start processes that need no torch."""
         self.children.logging = config.logging
         self._forkserver.set_forkserver_preload(_TOY_MODULES if config.toy else ["flowkv.engine.preload"])
+        os.environ[RUN_FOLDER_VARIABLE] = str(self.run_folder)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{self.run_folder}/inductor")  # not beside it
         return self._forkserver if config.toy else multiprocessing.get_context("spawn")
 

@@ -111,14 +111,16 @@ def test_a_server_without_requests_ends_at_once(signum: signal.Signals) -> None:
         assert not any("draining" in line for line in server.lines)
 
 
-def test_a_signal_while_instances_are_started_interrupts_nothing() -> None:
-    """Their fork server takes seconds to load torch. numpy's threads in the launcher take signals that the thread which
-    starts a process has blocked."""
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_what_comes_while_torch_is_loaded_leaves_nothing_behind(signum: signal.Signals) -> None:
+    """The fork server takes seconds for it. numpy's threads in the launcher take signals that the thread which starts a
+    process has blocked."""
     command = ("serve", "--port", "0", "--mixed", "1", "--kv-memory", "16MiB")
     threads = {"OMP_NUM_THREADS": "2"}
     with cleared_up(Launched(command, re.compile("mixed-0: starting"), environment=threads)) as launched:
         eventually(lambda: any(map(is_fork_server, launched.processes())), "it has been asked for an instance")
-        assert launched.stop() == 0
+        assert launched.stop(signum) == (0 if signum == signal.SIGTERM else -signum)
+        eventually(lambda: launched.processes() == [], "every process is gone")
         assert not any("serving at" in line for line in launched.lines)
 
 
