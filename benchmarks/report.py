@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
@@ -76,10 +77,10 @@ def write_results(console: Console, arguments: argparse.Namespace, results: Mapp
 
 
 def _plain(value: object) -> object:
-    """As JSON has it, as far as it does."""
+    """As JSON has it, as far as it does: it has no infinity."""
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return value if isinstance(value, int | float) else str(value)
+    return value if isinstance(value, int | float) and math.isfinite(value) else str(value)
 
 
 def write_report(path: Path, results: Mapping[str, object]) -> None:

@@ -1,9 +1,12 @@
+import argparse
 import json
+import math
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from benchmarks.report import environment, write_report
+from benchmarks.report import environment, write_report, write_results
 
 
 def test_environment_names_machine_versions_and_command() -> None:
@@ -36,3 +39,14 @@ def test_a_report_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
         write_report(path, {"figure": float("inf")})
     assert path.read_text() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_results_come_with_the_options_that_they_were_taken_with(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    options = argparse.Namespace(output=out, rate=math.inf, num=3, serve=["--toy", Path("model")], seconds=0.5)
+    write_results(Console(quiet=True), options, {"rows": []})
+    written = json.loads(out.read_text())
+    assert written["options"] == {
+        "output": str(out), "rate": "inf", "num": 3, "serve": ["--toy", "model"], "seconds": 0.5
+    }  # fmt: skip
+    assert written["rows"] == []
