@@ -30,6 +30,8 @@ from flowkv.grammar.matchers import Matchers
 from flowkv.grammar.vocabulary import Vocabulary
 from flowkv.model.loading import load_model
 from flowkv.model.sampler import DrawSpec, sample
+from flowkv.server.reasoning.lead import thought_lead
+from flowkv.server.reasoning.thought_format import FORMATS
 from flowkv.types import NO_TOKEN, Grammar, GrammarKind, Request, SamplingParams
 
 NUM_CHOICES = 8
@@ -53,6 +55,11 @@ GRAMMARS = {
     "schema": Grammar(kind=GrammarKind.JSON_SCHEMA, text=json.dumps(PERSON)),
     "regex": Grammar(kind=GrammarKind.REGEX, text=r"([A-Z][a-z]+ ){3,40}[0-9]{4}"),
     "4,000 values": Grammar(kind=GrammarKind.JSON_SCHEMA, text=json.dumps(VALUES)),
+    "thought, then the schema": Grammar(
+        kind=GrammarKind.JSON_SCHEMA,
+        text=json.dumps(PERSON),
+        lead=thought_lead(FORMATS["think"], lambda marker: False, is_open=True),
+    ),
 }
 
 

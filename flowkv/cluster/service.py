@@ -19,6 +19,7 @@ from flowkv.messages import (
     ClusterStatus,
     Dismissed,
     InstanceExited,
+    Introduce,
     Join,
     Leave,
     LeaveSoon,
@@ -57,6 +58,7 @@ class ControllerSpec:
     key: ClusterKey | None  # None: nothing is on the network
     generation: int = 0  # controllers that this cluster had before, whose instances and frontends live
     running: tuple[str, ...] = ()  # then: the instances of this node
+    running_addresses: tuple[str, ...] = ()  # their mailboxes, where these have a name: idle ones say nothing unasked
 
 
 def run_controller(spec: ControllerSpec) -> int:
@@ -106,6 +108,8 @@ class _Service:
         self._poller = zmq.Poller()
         self._poller.register(mailbox.socket, zmq.POLLIN)
         outbox.send(spec.launcher_address, Ready(spec.name))
+        for address in spec.running_addresses:
+            outbox.send(address, Introduce())
 
     def turn(self) -> None:
         """Messages, or a beat."""

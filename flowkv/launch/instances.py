@@ -84,6 +84,11 @@ class Instances:
         children = (self._children.get(name) for name in self._seats)
         return [child.name for child in children if child is not None and child.is_ready]
 
+    @property
+    def ready_addresses(self) -> list[str]:
+        """Mailboxes of those; none where they are on the network, at ports that nobody chose."""
+        return [] if self._host is not None else [self._address(name) for name in self.ready_names]
+
     def tell_exits(self) -> None:
         """Once more, of those that have ended lately: to a controller that cannot have heard it."""
         if self._template is not None:
@@ -144,8 +149,8 @@ class Instances:
     def _fill(self, seat: _Seat) -> None:
         """Start the seat's instance, under a name that no earlier one had. FlowKVError if it cannot and must."""
         name = seat.spec.name if seat.is_first else f"{seat.spec.name}{RESTART_MARK}{seat.epoch}"
-        address = f"ipc://{self._run_folder}/{name}" if self._host is None else tcp_address(self._host, "*")
-        spec = replace(seat.spec, name=name, address=address, pool_address=f"{self._run_folder}/{name}.pool")
+        pool_address = f"{self._run_folder}/{name}.pool"
+        spec = replace(seat.spec, name=name, address=self._address(name), pool_address=pool_address)
         self._seats[name] = seat
         self._display.progress(name, 0.0, "starting")
         try:
@@ -154,6 +159,10 @@ class Instances:
             if seat.must_start:
                 raise FlowKVError(f"{name} {error}") from error
             self._end(self._seats.pop(name), name, str(error), is_failed_start=seat.is_first)
+
+    def _address(self, name: str) -> str:
+        """To bind to."""
+        return f"ipc://{self._run_folder}/{name}" if self._host is None else tcp_address(self._host, "*")
 
     # --- what becomes of them --------------------------------------------------------------------------------------
 

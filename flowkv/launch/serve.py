@@ -149,6 +149,7 @@ class _Cluster:
             key=self._node.key,
             generation=generation,
             running=tuple(self._node.instances.ready_names),
+            running_addresses=tuple(self._node.instances.ready_addresses),
         )
 
     def _frontend_spec(self, name: str) -> FrontendSpec:

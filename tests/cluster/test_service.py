@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,6 +13,7 @@ from flowkv.config import ClusterConfig
 from flowkv.messages import (
     Dismissed,
     InstanceExited,
+    Introduce,
     Join,
     Message,
     PeerInfo,
@@ -28,14 +30,14 @@ MODEL = ModelInfo(name="m", dtype="float32", vocab_size=10, max_model_tokens=100
 
 
 class Rig:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **spec_fields: Any) -> None:
         self._folder = folder
         self.context = SyncContext()
         self.outbox = Outbox(self.context)
         self.mailboxes = {name: Mailbox(self.context, self.address(name)) for name in ("launcher", "own", "other")}
         config = ClusterConfig(toy=True)
         spec = ControllerSpec(
-            "controller", self.address("c"), self.address("launcher"), "epoch", config, "m", None
+            "controller", self.address("c"), self.address("launcher"), "epoch", config, "m", None, **spec_fields
         )  # fmt: skip
         self._inbox = Mailbox(self.context, spec.address)
         self.answers = Outbox(self.context)
@@ -92,6 +94,12 @@ def test_the_end_of_an_instance_of_an_earlier_cluster_is_not_that_of_its_namesak
     rig.tell(InstanceExited("decode-0", "killed", "an earlier epoch"))
     rig.register("decode-1", "other")
     assert any(isinstance(m, PeerUp) and m.peer.instance == "decode-1" for m in rig.heard("own"))
+
+
+def test_a_successor_asks_those_that_run_who_they_are(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, generation=1, running=("decode-0",), running_addresses=(f"ipc://{tmp_path}/own",))
+    assert rig.heard("own") == [Introduce()]
+    rig.close()
 
 
 def test_those_who_are_turned_away_cost_no_socket(rig: Rig) -> None:
