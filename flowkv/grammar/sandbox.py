@@ -47,8 +47,10 @@ class Sandbox:
         """Raises `GrammarError` where it cannot be compiled, or takes too much time or memory."""
         worker = self._worker
         if worker is None or worker.process.poll() is not None:
-            worker = self._start()
+            worker = self._worker = _launched()
         try:
+            if not worker.first_bytes:
+                self._prepare(worker)
             write_frame(worker.requests, msgspec.msgpack.encode(grammar))
             verdict = read_frame(worker.verdicts)
         except BrokenPipeError:
@@ -60,19 +62,22 @@ class Sandbox:
         if verdict:
             raise GrammarError(verdict.decode())
 
-    def _start(self) -> _Worker:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "flowkv.grammar.worker"],  # no code of the current directory
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert process.stdin is not None and process.stdout is not None
-        self._worker = worker = _Worker(process, process.stdin, process.stdout)  # type: ignore[arg-type]
-        weakref.finalize(worker, _end, process)
+    def _prepare(self, worker: _Worker) -> None:
         write_frame(worker.requests, self._tokenizer.encode())
         read_frame(worker.verdicts)
-        worker.first_bytes = _resident_bytes(process.pid)
-        return worker
+        worker.first_bytes = _resident_bytes(worker.process.pid)
+
+
+def _launched() -> _Worker:
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "flowkv.grammar.worker"],  # no code of the current directory
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    worker = _Worker(process, process.stdin, process.stdout)  # type: ignore[arg-type]
+    weakref.finalize(worker, _end, process)
+    return worker
 
 
 def _how(code: int) -> str:

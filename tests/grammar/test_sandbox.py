@@ -70,6 +70,15 @@ def test_a_process_that_was_killed_meanwhile_is_replaced() -> None:
     sandbox.check(grammar("regex", "[0-9]+"))
 
 
+def test_a_process_that_dies_as_it_starts_refuses_one_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    sandbox = Sandbox(small_tokenizer(decoders.ByteLevel()))
+    with monkeypatch.context() as broken:
+        broken.setattr("sys.executable", "/bin/false")
+        with pytest.raises(GrammarError, match="ended with code 1"):
+            sandbox.check(grammar("regex", "[0-9]+"))
+    sandbox.check(grammar("regex", "[0-9]+"))
+
+
 def test_a_process_that_has_grown_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     sandbox = Sandbox(small_tokenizer(decoders.ByteLevel()))
     sandbox.check(grammar("regex", "[0-9]+"))
