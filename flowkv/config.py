@@ -99,6 +99,11 @@ class SloConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return None if self.tpot_s is None else _STEP_FRACTION * self.tpot_s
 
 
+def _check_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is one of {', '.join(choices)}, not {value!r}")
+
+
 class SchedulingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the controller places requests and sets roles.
 
@@ -117,10 +122,8 @@ class SchedulingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     max_instances: int = 0  # the controller starts instances up to so many; 0: it starts none
 
     def __post_init__(self) -> None:
-        if self.roles not in ROLE_POLICIES:
-            raise ValueError(f"scheduling.roles is one of {', '.join(ROLE_POLICIES)}, not {self.roles!r}")
-        if self.policy not in POLICIES:
-            raise ValueError(f"scheduling.policy is one of {', '.join(POLICIES)}, not {self.policy!r}")
+        _check_one_of("scheduling.roles", self.roles, ROLE_POLICIES)
+        _check_one_of("scheduling.policy", self.policy, POLICIES)
         if self.kv_budget < 0:
             raise ValueError("scheduling.kv_budget is a number of times the KV pools, or 0")
         if not 0.01 <= self.interval_s <= 3600 or not 0 <= self.dwell_s <= 3600:
@@ -157,8 +160,7 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     lease_s: float = 5.0  # a peer that is silent so long loses its reservations; their blocks wait for its word
 
     def __post_init__(self) -> None:
-        if self.backend not in BACKENDS:
-            raise ValueError(f"transfer.backend is one of {', '.join(BACKENDS)}, not {self.backend!r}")
+        _check_one_of("transfer.backend", self.backend, BACKENDS)
         if not 0.1 <= self.lease_s <= 3600:
             raise ValueError(f"transfer.lease_s is a number of seconds from 0.1 to 3600, not {self.lease_s}")
 
@@ -182,9 +184,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_body_bytes: int = 8 * 2**20
     drain_timeout_s: float = 30.0  # what runs has so long to finish when the server is told to stop; 0: no time
     tool_parser: str = "auto"  # how the model writes tool calls: as its chat template shows, or one of TOOL_PARSERS
-    reasoning_parser: str = (
-        "auto"  # how it marks its thoughts, likewise; one of REASONING_PARSERS, "none": not told apart
-    )
+    reasoning_parser: str = "auto"  # how it marks its thoughts, likewise: REASONING_PARSERS; "none": not told apart
 
     def __post_init__(self) -> None:
         for name, port in (("port", self.port), ("admin_port", self.admin_port)):
@@ -194,11 +194,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError(f"server.drain_timeout_s is a number of seconds up to 86400, not {self.drain_timeout_s}")
         if self.max_body_bytes < 1:
             raise ValueError(f"server.max_body_bytes is at least 1, not {self.max_body_bytes}")
-        if self.tool_parser not in TOOL_PARSERS:
-            raise ValueError(f"server.tool_parser is one of {', '.join(TOOL_PARSERS)}, not {self.tool_parser!r}")
-        if self.reasoning_parser not in REASONING_PARSERS:
-            names = ", ".join(REASONING_PARSERS)
-            raise ValueError(f"server.reasoning_parser is one of {names}, not {self.reasoning_parser!r}")
+        _check_one_of("server.tool_parser", self.tool_parser, TOOL_PARSERS)
+        _check_one_of("server.reasoning_parser", self.reasoning_parser, REASONING_PARSERS)
         if not 1024 <= self.max_header_bytes <= 2**20:
             raise ValueError(f"server.max_header_bytes is from 1024 to 1048576, not {self.max_header_bytes}")
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
@@ -243,10 +240,8 @@ class LoggingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     format: str = "text"  # or "json", an object a line
 
     def __post_init__(self) -> None:
-        if self.level not in LOG_LEVELS:
-            raise ValueError(f"logging.level is one of {', '.join(LOG_LEVELS)}, not {self.level!r}")
-        if self.format not in LOG_FORMATS:
-            raise ValueError(f"logging.format is one of {', '.join(LOG_FORMATS)}, not {self.format!r}")
+        _check_one_of("logging.level", self.level, LOG_LEVELS)
+        _check_one_of("logging.format", self.format, LOG_FORMATS)
 
 
 class TracingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -320,10 +315,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     simulate: SimulateConfig = msgspec.field(default_factory=SimulateConfig)
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        if self.device not in DEVICES:
-            raise ValueError(f"device is one of {', '.join(DEVICES)}, not {self.device!r}")
+        _check_one_of("dtype", self.dtype, DTYPES)
+        _check_one_of("device", self.device, DEVICES)
         if not 0 <= self.toy_step_s < 60:
             raise ValueError(f"toy_step_s is a number of seconds under 60, not {self.toy_step_s}")
         counts = (self.prefill, self.decode, self.mixed)
