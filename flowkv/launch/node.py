@@ -129,7 +129,7 @@ class Node:
     def wait(self, timeout_s: float | None = None) -> None:
         """Until something happens. FlowKVError if it ends this node, StopRequested if a signal does."""
         limits_s = (LOOK_S, timeout_s, self.children.next_kill_s(), self._timers.next_s(time.monotonic()))
-        self.poller.poll(min((math.ceil(limit_s * 1000) for limit_s in limits_s if limit_s is not None), default=None))
+        self.poller.poll(min(math.ceil(limit_s * 1000) for limit_s in limits_s if limit_s is not None))
         self.signals.heed()
         for message in self._mailbox.receive_all():
             self._handle(message)
