@@ -34,6 +34,11 @@ from flowkv.types import (
 RESTART_MARK = "~"  # in the name of an instance that takes the place of one that ended: decode-0, then decode-0~1
 
 
+def seat_of(process: str) -> str:
+    """What a process and those that take its place have in common: `decode-0@node-1` of `decode-0@node-1~2`."""
+    return process.partition(RESTART_MARK)[0]
+
+
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
     pass
 

@@ -15,6 +15,7 @@ import httpx
 from benchmarks import BenchmarkError
 from benchmarks.chaos.load import Load
 from benchmarks.chaos.running import Running, living
+from flowkv.messages import seat_of
 
 _INSTANCE = re.compile(r"(?:prefill|decode|mixed)-\d+(?:~\d+)?")
 _LOOK_S = 0.02  # between two looks for a successor
@@ -77,11 +78,11 @@ class Chaos:
 
     async def see_replaced(self, deed: Deed) -> None:
         """Wait until the cluster knows a successor of the victim."""
-        seat, deadline_s = _seat(deed.victim), time.monotonic() + _TIMEOUT_S
+        seat, deadline_s = seat_of(deed.victim), time.monotonic() + _TIMEOUT_S
         async with httpx.AsyncClient(base_url=self.server.url, timeout=_TIMEOUT_S) as client:
             while deed.over_s is None:
                 names = {instance["name"] for instance in (await client.get("/cluster")).json()["instances"]}
-                if deed.victim not in names and seat in map(_seat, names):
+                if deed.victim not in names and seat in map(seat_of, names):
                     deed.over_s = time.monotonic()
                 elif time.monotonic() > deadline_s:
                     raise BenchmarkError(f"nobody has taken the place of {deed.victim} for {_TIMEOUT_S:.0f} s")
@@ -102,11 +103,7 @@ class Chaos:
         return [f"{deed.at_s - self.began_s:6.2f} s {deed.what} {deed.victim}" for deed in self.deeds]
 
     def _has_other(self, name: str, pid: int) -> bool:
-        return any(_seat(other) == _seat(name) and other_pid != pid for other_pid, other in self.names().items())
-
-
-def _seat(name: str) -> str:
-    return name.partition("~")[0]
+        return any(seat_of(other) == seat_of(name) and other_pid != pid for other_pid, other in self.names().items())
 
 
 Havoc = Callable[[Chaos], Awaitable[Any]]

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from flowkv import __version__
 from flowkv.config import ClusterConfig
 from flowkv.messages import (
-    RESTART_MARK,
     ControllerBeat,
     Dismissed,
     InstanceExited,
@@ -16,6 +15,7 @@ from flowkv.messages import (
     NodeBeat,
     Register,
     Welcome,
+    seat_of,
 )
 
 NODE_SEPARATOR = "@"  # instance@node; the controller's own node has no name
@@ -188,4 +188,4 @@ class Nodes:
 def node_name(instance: str) -> str | None:
     """Of `decode-0@node-1~2`: `node-1`. None: it was started by the controller's own node."""
     _, separator, node = instance.partition(NODE_SEPARATOR)
-    return node.partition(RESTART_MARK)[0] if separator else None
+    return seat_of(node) if separator else None

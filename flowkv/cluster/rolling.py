@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import Enum, auto
 
 from flowkv.cluster.load import InstanceView
-from flowkv.messages import RESTART_MARK
+from flowkv.messages import seat_of
 from flowkv.types import RollingRestart
 
 SUCCESSOR_TIMEOUT_S = 900.0  # loading a large model takes minutes
@@ -99,8 +99,3 @@ class Rolling:
             self._failure = f"no successor of {name} is in service"
             self._current = None
             self._waiting.clear()
-
-
-def seat_of(instance: str) -> str:
-    """What an instance and those that take its place have in common: `decode-0@node-1` of `decode-0@node-1~2`."""
-    return instance.partition(RESTART_MARK)[0]

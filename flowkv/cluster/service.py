@@ -15,7 +15,6 @@ from flowkv.cluster.usages import Usages
 from flowkv.config import ClusterConfig
 from flowkv.errors import ConfigError, FlowKVError, ProtocolError
 from flowkv.messages import (
-    RESTART_MARK,
     ClusterStatus,
     Dismissed,
     InstanceExited,
@@ -35,6 +34,7 @@ from flowkv.messages import (
     StopInstance,
     TurnedAway,
     Usage,
+    seat_of,
 )
 from flowkv.usage import UsageMeter
 from flowkv.wire import Mailbox, Outbox, SyncContext
@@ -172,9 +172,9 @@ class _Service:
 
     def _on_turned_away(self, message: TurnedAway) -> None:
         """What a process has counted goes on with the one that takes its place."""
-        place = message.process.partition(RESTART_MARK)[0]
-        connections, messages = self._turned_away.get(place, (0, 0))
-        self._turned_away[place] = (connections + message.num_connections, messages + message.num_messages)
+        seat = seat_of(message.process)
+        connections, messages = self._turned_away.get(seat, (0, 0))
+        self._turned_away[seat] = (connections + message.num_connections, messages + message.num_messages)
 
     def _on_exited(self, message: InstanceExited) -> None:
         if node_name(message.instance) is not None:  # that of this node is its launcher's to tell

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 import msgspec
 
-from flowkv.messages import RESTART_MARK, ClusterStatus
+from flowkv.messages import RESTART_MARK, ClusterStatus, seat_of
 from flowkv.types import InstanceStatus, Regime, Role
 
 MAX_EVENTS = 200
@@ -71,9 +71,9 @@ class EventLog:
             self._told_regime = regime
 
     def _of_instances(self, now_s: float, new: Mapping[str, InstanceStatus]) -> Iterator[Event]:
-        replaced = {_seat(name) for name in new.keys() - self._known.keys()}
+        replaced = {seat_of(name) for name in new.keys() - self._known.keys()}
         for name in list(self._known.keys() - new.keys()):
-            if now_s >= self._returned_by_s or _seat(name) in replaced:
+            if now_s >= self._returned_by_s or seat_of(name) in replaced:
                 yield _departure(now_s, self._known.pop(name))
         for name, instance in new.items():
             if name in self._known:
@@ -88,10 +88,6 @@ def _of_cluster(now_s: float, before: ClusterStatus, after: ClusterStatus) -> It
         yield Event(time_s=now_s, kind=EventKind.READY if after.ready else EventKind.NOT_READY)
     if after.controller == before.controller and after.num_lost > before.num_lost:
         yield Event(time_s=now_s, kind=EventKind.LOST, detail=str(after.num_lost - before.num_lost))
-
-
-def _seat(name: str) -> str:
-    return name.partition(RESTART_MARK)[0]
 
 
 def _arrival(now_s: float, instance: InstanceStatus) -> Event:
