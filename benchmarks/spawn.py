@@ -41,9 +41,8 @@ class ServerProcess:
     """A `flowkv serve` on a free loopback port, from `with` to the end of the block; the context's value is its URL.
 
     Its output goes to `log`, or (None) to this terminal, progress bar included; `environment` goes over this process's
-    own. Leaving the block sends SIGTERM and
-    raises BenchmarkError where the server then ends with a code other than 0, or leaves a process that is still there
-    `linger_s` later.
+    own. Leaving the block sends SIGTERM and raises BenchmarkError where the server then ends with a code other than 0,
+    or leaves a process that is still there `linger_s` later.
     """
 
     def __init__(

@@ -10,48 +10,49 @@ HELD = ("num_waiting", "num_prefilling", "num_decoding", "num_sending", "num_rec
 _SHARED = re.compile(r"(/dev/shm/\S+)$", re.M)
 
 
-class Running(Protocol):
-    url: str
-
+class Launched(Protocol):
     @property
     def pid(self) -> int:
         """Of the launcher, which leads a session of its own."""
+
+
+class Running(Launched, Protocol):
+    url: str
 
 
 class Process(NamedTuple):
     pid: int
     name: str
     state: str  # a letter of proc(5)
+    session: int
 
 
-def processes(server: Running) -> list[Process]:
+def processes(server: Launched) -> list[Process]:
     """All of its session: those too whose parent has died."""
-    return [process for session, process in _all() if session == server.pid]
+    found = [read_stat(entry) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [process for process in found if process is not None and process.session == server.pid]
 
 
-def _all() -> list[tuple[int, Process]]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                head, _, tail = (entry / "stat").read_text().rpartition(")")
-            except (FileNotFoundError, ProcessLookupError):
-                continue  # it has just ended
-            fields = tail.split()
-            found.append((int(fields[3]), Process(int(entry.name), head.partition("(")[2], fields[0])))
-    return found
+def read_stat(entry: Path) -> Process | None:
+    """Of `/proc/PID` or `/proc/PID/task/TID`; None if it has just ended."""
+    try:
+        head, _, tail = (entry / "stat").read_text().rpartition(")")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = tail.split()
+    return Process(int(entry.name), head.partition("(")[2], fields[0], int(fields[3]))
 
 
-def living(server: Running) -> list[Process]:
+def living(server: Launched) -> list[Process]:
     return [process for process in processes(server) if process.state not in "ZX"]
 
 
-def zombies(server: Running) -> list[str]:
+def zombies(server: Launched) -> list[str]:
     """Those that have ended and that nobody has waited for."""
     return [process.name for process in processes(server) if process.state == "Z"]
 
 
-def shared_memory(server: Running) -> set[str]:
+def shared_memory(server: Launched) -> set[str]:
     """Named shared memory that its processes have mapped now."""
     found: set[str] = set()
     for process in living(server):

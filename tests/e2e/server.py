@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import httpx
 
+from benchmarks.chaos.running import living, read_stat
 from flowkv.messages import Message
 from flowkv.wire import Outbox, SyncContext
 
@@ -67,17 +68,13 @@ class Launched:
 
     def processes(self) -> list[int]:
         """Ids of every living process of this launcher's session, itself included."""
-        entries = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-        found = [(int(entry.name), *_session_and_state(entry)) for entry in entries]
-        return [pid for pid, session, state in found if session == self.process.pid and state not in "ZX"]
+        return [process.pid for process in living(self)]
 
     def pid_of(self, name: str) -> int:
         """The process of an instance, by what `ps` calls it."""
-        for pid in self.processes():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
-                if pid != self.process.pid and Path(f"/proc/{pid}/comm").read_text().strip() == name[:15]:
-                    return pid
-        raise AssertionError(f"no process of {name}")
+        found = [process.pid for process in living(self) if process.pid != self.pid and process.name == name[:15]]
+        assert found, f"no process of {name}"
+        return found[0]
 
     def run_folder(self) -> Path:
         """Where its processes meet."""
@@ -205,13 +202,9 @@ def pause(pid: int) -> None:
     """Stop a process until SIGCONT. A signal that was sent is only on its way: on return every thread has stopped."""
     os.kill(pid, signal.SIGSTOP)
     tasks = Path(f"/proc/{pid}/task")
-    eventually(lambda: all(_session_and_state(task)[1] == "T" for task in tasks.iterdir()), f"{pid} is stopped")
+    eventually(lambda: all(is_stopped(task) for task in tasks.iterdir()), f"{pid} is stopped")
 
 
-def _session_and_state(entry: Path) -> tuple[int, str]:
-    """Session id and state (a letter of proc(5)) of a process or thread; X, dead, if there is none."""
-    try:
-        fields = (entry / "stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return (0, "X")
-    return int(fields[3]), fields[0]
+def is_stopped(entry: Path) -> bool:
+    thread = read_stat(entry)
+    return thread is not None and thread.state == "T"
